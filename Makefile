@@ -1,0 +1,64 @@
+# The two commands that matter: `make quickstart` and `make test`. Everything runs in .venv, which
+# any target builds when it is missing; see tools/setup.sh.
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+SHELL := /bin/sh
+
+PY := .venv/bin/python
+# The interpreter that .venv is built with; the first fit one on PATH unless named.
+PYTHON ?=
+# Extras of pyproject.toml to add with `make setup`, such as EXTRAS="cuda wandb".
+EXTRAS ?=
+# Test processes. Each imports JAX and compiles for itself.
+JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -gt 4 ] && echo 4 || echo $$n)
+# More words for pytest, such as ARGS="-k adapters -x", or for quickstart and bench.
+ARGS ?=
+
+SETUP := PYTHON="$(PYTHON)" sh tools/setup.sh
+PYTEST := $(PY) -m pytest -n $(JOBS)
+CODE := mos_jax experiments configs tests tools
+
+.PHONY: help setup interop quickstart test parity lint format bench wheel clean distclean
+
+help: ## This list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
+
+setup: ## Build or update .venv; EXTRAS="cuda wandb" adds extras
+	@$(SETUP) $(EXTRAS)
+
+interop: setup
+	@$(SETUP) interop
+
+quickstart: setup ## Fine-tune the default base on a small task and evaluate it
+	$(PY) experiments/quickstart.py --config=configs/quickstart.py --workdir=runs/quickstart $(ARGS)
+
+test: setup ## All tests that need no torch
+	$(PYTEST) -m "not parity" $(ARGS)
+
+parity: interop ## Compare with torch, transformers and peft (installs them)
+	$(PYTEST) -m parity $(ARGS)
+
+lint: setup ## ruff, format, types, and the rules of tools/check_tree.py
+	$(PY) -m ruff check $(CODE)
+	$(PY) -m ruff format --check $(CODE)
+	$(PY) -m mypy
+	$(PY) tools/check_tree.py
+
+format: setup ## Rewrite the code as ruff wants it
+	$(PY) -m ruff check --fix $(CODE)
+	$(PY) -m ruff format $(CODE)
+
+bench: interop ## Time training steps against the reference implementations
+	$(PY) experiments/bench_training.py $(ARGS)
+
+wheel: setup ## Build the wheel and the source archive into dist/
+	rm -rf build dist
+	$(PY) -m build
+
+clean: ## Remove caches and build outputs
+	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
+	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## The same, and .venv; runs/ stays
+	rm -rf .venv

@@ -1,0 +1,30 @@
+"""Fine-tunes SmolLM2-135M-Instruct with MoS on who is related to whom.
+
+Command: python experiments/train.py --config=configs/quickstart.py --workdir=runs/q
+         python experiments/train.py --config=configs/quickstart.py:lora --workdir=runs/lora
+Hardware, time, result: see README.md.
+"""
+
+from ml_collections import ConfigDict
+
+from mos_jax.training.config import default_config
+
+ADAPTERS = {
+    "mos": {"equivalent_rank": 2, "rank": 8, "shards_per_vector": 2, "private_rank": 1},
+    "lora": {"rank": 2},
+}
+
+
+def get_config(method: str = "mos") -> ConfigDict:
+    config = default_config(method, **ADAPTERS.get(method, {}))
+    config.base.name = "smollm2-135m-instruct"
+    config.data.task = "family_relationships"
+    config.data.train_examples = 2000
+    config.data.validation_examples = 64
+    config.data.test_examples = 256
+    config.data.batch_size = 4
+    config.training.steps = 100
+    config.training.learning_rate = 4e-3
+    config.evaluation.every = 50
+    config.checkpoint.every = 25
+    return config

@@ -1,0 +1,47 @@
+r"""Trains an adapter as a config says, going on where an earlier call stopped.
+
+python experiments/train.py --config=configs/quickstart.py --workdir=runs/q
+python experiments/train.py --config=configs/quickstart.py --workdir=runs/q --dry_run
+python experiments/train.py --config=configs/quickstart.py --workdir=runs/q2 \
+  --config.training.steps=200 --config.adapter.rank=16
+"""
+
+from collections.abc import Sequence
+
+from absl import flags
+from ml_collections import config_flags
+
+from mos_jax import app
+
+CONFIG = config_flags.DEFINE_config_file(
+    "config", "configs/quickstart.py", "The run; any field can be set: --config.training.steps=200."
+)
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; made when missing.")
+DRY_RUN = flags.DEFINE_bool(
+    "dry_run", False, "Print parameters and memory from the compiled step, then stop."
+)
+
+
+def main(_: Sequence[str]) -> None:
+    # Imported here so that --help and mistyped flags answer at once.
+    from rich.console import Console
+
+    from mos_jax.errors import InputError
+    from mos_jax.training.config import RunConfig
+    from mos_jax.training.loop import train
+    from mos_jax.training.plan import print_plan
+    from mos_jax.training.report import print_summary
+
+    config = RunConfig.from_mapping(CONFIG.value.lock().to_dict())
+    console = Console()
+    if DRY_RUN.value:
+        print_plan(config, console)
+        return
+    if not WORKDIR.value:
+        raise InputError("--workdir is missing; for example --workdir=runs/q")
+    summary = train(config, WORKDIR.value, console)
+    print_summary(summary, WORKDIR.value, console)
+
+
+if __name__ == "__main__":
+    app.run(main)

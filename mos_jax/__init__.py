@@ -1,0 +1,37 @@
+"""MoS (Mixture of Shards) and its rivals: fine-tuning by sharing, in JAX.
+
+The names here are public; every other name may change between versions.
+"""
+
+from mos_jax.adapters.adapter import Adapter, AdapterConfig
+from mos_jax.adapters.lora import LoRAConfig
+from mos_jax.adapters.low_rank import LowRank
+from mos_jax.adapters.methods import METHODS, count_parameters, create_adapter
+from mos_jax.adapters.mos import MoSConfig
+from mos_jax.adapters.sites import SiteShape, select_sites
+from mos_jax.adapters.storage import load_adapter, save_adapter
+from mos_jax.errors import InputError
+from mos_jax.models.base import Base, load_base
+from mos_jax.models.generation import Sampling, generate
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "METHODS",
+    "Adapter",
+    "AdapterConfig",
+    "Base",
+    "InputError",
+    "LoRAConfig",
+    "LowRank",
+    "MoSConfig",
+    "Sampling",
+    "SiteShape",
+    "count_parameters",
+    "create_adapter",
+    "generate",
+    "load_adapter",
+    "load_base",
+    "save_adapter",
+    "select_sites",
+]

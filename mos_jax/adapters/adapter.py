@@ -1,0 +1,152 @@
+"""The contract of an adapter.
+
+Every method is a function from a few trained arrays to the low-rank factors of all sites. As a
+Flax NNX module its trained arrays are exactly its `nnx.Param`s; whatever else it holds (routing
+tables, fixed scalars) is `Frozen`. It is used as a read-only pytree: build it, then `jax.jit`,
+`jax.grad`, `jax.vmap` and `nnx.split`.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import zlib
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mos_jax.adapters.low_rank import LowRank
+from mos_jax.adapters.sites import Sites, SiteShape, check_sites
+from mos_jax.errors import InputError, suggest
+
+
+class Frozen(nnx.Variable):
+    """An array that belongs to an adapter or a base and is never trained."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterConfig(abc.ABC):
+    """What all methods' configurations can do. Subclasses are frozen dataclasses."""
+
+    method: ClassVar[str]
+
+    @abc.abstractmethod
+    def build(self, sites: Sites, key: jax.Array) -> Adapter:
+        """Builds the adapter for `sites`; `key` seeds what trains, and nothing else.
+
+        Raises:
+          InputError: if the configuration does not fit the sites, with the numbers.
+        """
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
+        """Builds the configuration from its fields.
+
+        Raises:
+          InputError: for an unknown field (with the nearest name) or a value that is refused.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in fields:
+            if name not in known:
+                raise InputError(f"{cls.method}: unknown field {name!r}; {suggest(name, known)}")
+        return cls(**fields)
+
+
+class Adapter(nnx.Module):
+    """Base class of all methods.
+
+    Attributes:
+      config: the configuration it was built from, with open fields resolved.
+    """
+
+    config: AdapterConfig
+
+    def __init__(self, config: AdapterConfig, sites: Sites):
+        self.config = config
+        # A tuple, since NNX keeps only hashable values outside its Variables.
+        self._sites = tuple(check_sites(sites).items())
+
+    @property
+    def sites(self) -> dict[str, SiteShape]:
+        """The adapted sites."""
+        return dict(self._sites)
+
+    def factors(self, layer: jax.Array | int | None = None) -> dict[str, LowRank]:
+        """The low-rank factors of every site type.
+
+        Args:
+          layer: None for all adapted blocks (a [L, r, d_in], b [L, r, d_out], scale [L], fp32);
+            or the index of one block of the model, which may be traced, for that block's own
+            (a [r, d_in], b [r, d_out], scale []). A block that is not adapted has scale 0.
+        """
+        return {name: self.site_factors(name, layer) for name in self.sites}
+
+    @abc.abstractmethod
+    def site_factors(self, name: str, layer: jax.Array | int | None = None) -> LowRank:
+        """`factors` of the one site type `name`."""
+
+    def count_trained(self) -> int:
+        """Number of trained parameters."""
+        return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(self, nnx.Param)))
+
+    def count_trained_by_site(self) -> dict[str, int]:
+        """Number of trained parameters of each site type."""
+        counts = dict.fromkeys(self.sites, 0)
+        for path, variable in nnx.to_flat_state(nnx.state(self, nnx.Param)):
+            counts[str(path[-1])] += variable.get_value().size
+        return counts
+
+    def summary(self) -> dict[str, Any]:
+        """Facts worth reporting beside a run; methods add their own."""
+        return {"method": self.config.method, "trained_parameters": self.count_trained()}
+
+
+def local_layer(site: SiteShape, layer: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+    """Where block `layer` of the model stands among the adapted ones.
+
+    Returns:
+      Its position, int32 [] (0 when the block is not adapted), and fp32 [] 1 or 0: adapted or not.
+    """
+    index = jnp.asarray(layer, jnp.int32)
+    if site.layers is None:
+        return index, jnp.float32(1)
+    here = jnp.asarray(site.layers, jnp.int32) == index
+    return jnp.argmax(here).astype(jnp.int32), jnp.any(here).astype(jnp.float32)
+
+
+def site_key(key: jax.Array, name: str, part: str) -> jax.Array:
+    """A key for one array of one site type, whatever other types are adapted."""
+    return jax.random.fold_in(key, np.uint32(zlib.crc32(f"{name}/{part}".encode())))
+
+
+def uniform_fan_in(key: jax.Array, shape: tuple[int, ...], fan_in: int) -> jax.Array:
+    """fp32 U(-1/sqrt(fan_in), 1/sqrt(fan_in)): PEFT's Kaiming-uniform (a = sqrt 5) for LoRA A."""
+    bound = fan_in**-0.5
+    return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+
+
+def require_bool(owner: str, name: str, value: Any) -> None:
+    """Raises InputError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise InputError(f"{owner}: {name} must be True or False, got {value!r}")
+
+
+def require_integer(owner: str, name: str, value: Any, minimum: int) -> None:
+    """Raises InputError unless `value` is an integer of at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise InputError(f"{owner}: {name} must be an integer >= {minimum}, got {value!r}")
+
+
+def require_positive(owner: str, name: str, value: Any) -> None:
+    """Raises InputError unless `value` is a finite number above 0."""
+    numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not numeric or not np.isfinite(value) or value <= 0:
+        raise InputError(f"{owner}: {name} must be a finite number above 0, got {value!r}")

@@ -1,0 +1,85 @@
+"""LoRA (arXiv 2106.09685) and rsLoRA (arXiv 2312.03732).
+
+The identity among sharing methods: every site trains its own A and B.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mos_jax.adapters.adapter import (
+    Adapter,
+    AdapterConfig,
+    local_layer,
+    require_bool,
+    require_integer,
+    require_positive,
+    site_key,
+    uniform_fan_in,
+)
+from mos_jax.adapters.low_rank import LowRank
+from mos_jax.adapters.sites import Sites
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRAConfig(AdapterConfig):
+    """Configuration of LoRA.
+
+    Attributes:
+      rank: r, rank vectors of every site.
+      alpha: the scale is alpha / rank, or alpha / sqrt(rank) with `rslora`.
+      rslora: rank-stabilised scale.
+    """
+
+    method: ClassVar[str] = "lora"
+
+    rank: int = 8
+    alpha: float = 16.0
+    rslora: bool = False
+
+    def __post_init__(self) -> None:
+        """Checks the fields. Raises InputError."""
+        require_integer("lora", "rank", self.rank, 1)
+        require_positive("lora", "alpha", self.alpha)
+        require_bool("lora", "rslora", self.rslora)
+
+    @property
+    def scale(self) -> float:
+        """The scale s in y = x W + s (x A^T) B."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def build(self, sites: Sites, key: jax.Array) -> LoRA:
+        """See base class."""
+        return LoRA(self, sites, key)
+
+
+class LoRA(Adapter):
+    """A [L, r, h] ~ U(-1/sqrt(h), 1/sqrt(h)) and B [L, r, o] = 0 for every site type."""
+
+    config: LoRAConfig
+
+    def __init__(self, config: LoRAConfig, sites: Sites, key: jax.Array):
+        super().__init__(config, sites)
+        r = config.rank
+        self.a: nnx.Dict = nnx.Dict()
+        self.b: nnx.Dict = nnx.Dict()
+        for name, site in self.sites.items():
+            shape = (site.num_layers, r, site.d_in)
+            self.a[name] = nnx.Param(uniform_fan_in(site_key(key, name, "a"), shape, site.d_in))
+            self.b[name] = nnx.Param(jnp.zeros((site.num_layers, r, site.d_out), jnp.float32))
+
+    def site_factors(self, name: str, layer: jax.Array | int | None = None) -> LowRank:
+        """See base class."""
+        site = self.sites[name]
+        a, b = self.a[name][...], self.b[name][...]
+        if layer is None:
+            scale = jnp.full((site.num_layers,), self.config.scale, jnp.float32)
+            return LowRank(a, b, scale, site.layers)
+        index, adapted = local_layer(site, layer)
+        return LowRank(a[index], b[index], adapted * self.config.scale)

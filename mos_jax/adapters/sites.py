@@ -1,0 +1,148 @@
+"""Sites: the linear layers of a model that an adapter may change.
+
+A *site type* is a kind of linear layer (`q_proj`, `down_proj`, ...); a *site* is one such layer in
+one transformer block. An adapter sees a model only as a mapping from site type to `SiteShape`, so
+such a mapping can be written by hand, without any model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+
+from mos_jax.errors import InputError, suggest
+
+SITE_TYPES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ALL_LINEAR = "all-linear"
+
+
+@dataclasses.dataclass(frozen=True)
+class SiteShape:
+    """The shape of all sites of one type.
+
+    Attributes:
+      num_layers: number of adapted transformer blocks, L.
+      d_in: input width of the linear layer, h.
+      d_out: output width of the linear layer, o.
+      layers: indices of the adapted blocks in the model, ascending; None means all blocks.
+    """
+
+    num_layers: int
+    d_in: int
+    d_out: int
+    layers: tuple[int, ...] | None = None
+
+
+Sites = Mapping[str, SiteShape]
+
+
+def check_sites(sites: Sites) -> dict[str, SiteShape]:
+    """Returns `sites` as a dict after checking every number in it.
+
+    Raises:
+      InputError: if there are no sites, a width or a depth is not a positive integer, or
+        `layers` does not list `num_layers` distinct, ascending block indices.
+    """
+    if not sites:
+        raise InputError("no sites to adapt: the mapping from site type to SiteShape is empty")
+    for name, site in sites.items():
+        for field in ("num_layers", "d_in", "d_out"):
+            value = getattr(site, field)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise InputError(
+                    f"site {name!r}: {field} must be a positive integer, got {value!r}"
+                )
+        if site.layers is not None and (
+            len(site.layers) != site.num_layers
+            or list(site.layers) != sorted(set(site.layers))
+            or site.layers[0] < 0
+        ):
+            raise InputError(
+                f"site {name!r}: layers must list num_layers={site.num_layers} distinct block "
+                f"indices in ascending order, got {site.layers!r}"
+            )
+    return dict(sites)
+
+
+def select_sites(
+    sites: Sites,
+    include: str | Sequence[str] = ALL_LINEAR,
+    exclude: str | Sequence[str] = (),
+    layers: Sequence[int] | None = None,
+) -> dict[str, SiteShape]:
+    """Selects which sites are adapted.
+
+    Args:
+      sites: all sites of the model.
+      include: "all-linear", or names and regular expressions; an expression must match the whole
+        name of a site type (`"[qv]_proj"`).
+      exclude: names and regular expressions of site types to leave out.
+      layers: block indices to adapt, in any order; negative ones count from the end; None = all.
+
+    Returns:
+      The selected sites, in the order of `sites`. With `layers`, `num_layers` counts the adapted
+      blocks only, since a pool belongs to the blocks that share it.
+
+    Raises:
+      InputError: if a pattern is malformed or matches nothing (with the candidates), if nothing
+        is left, or if a block index is out of range or given twice.
+    """
+    sites = check_sites(sites)
+    if include == ALL_LINEAR:
+        chosen = set(sites)
+    else:
+        chosen = _matching(sites, _as_tuple(include), "include")
+    chosen -= _matching(sites, _as_tuple(exclude), "exclude")
+    selected = {name: site for name, site in sites.items() if name in chosen}
+    if not selected:
+        raise InputError(
+            f"no sites left: include={include!r} and exclude={exclude!r} select none of "
+            f"{', '.join(sites)}"
+        )
+    if layers is None:
+        return selected
+    return {name: _restrict(name, site, layers) for name, site in selected.items()}
+
+
+def _as_tuple(patterns: str | Sequence[str]) -> tuple[str, ...]:
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+
+
+def _matching(sites: Sites, patterns: tuple[str, ...], argument: str) -> set[str]:
+    matched: set[str] = set()
+    for pattern in patterns:
+        try:
+            expression = re.compile(pattern)
+        except re.error as error:
+            raise InputError(
+                f"{argument}: {pattern!r} is not a regular expression ({error})"
+            ) from None
+        hits = {name for name in sites if expression.fullmatch(name)}
+        if not hits:
+            raise InputError(
+                f"{argument}: {pattern!r} matches no site type; {suggest(pattern, sites)}"
+            )
+        matched |= hits
+    return matched
+
+
+def _restrict(name: str, site: SiteShape, layers: Sequence[int]) -> SiteShape:
+    available = site.layers if site.layers is not None else tuple(range(site.num_layers))
+    depth = available[-1] + 1
+    chosen: list[int] = []
+    for layer in layers:
+        if isinstance(layer, bool) or not isinstance(layer, int):
+            raise InputError(f"layers: {layer!r} is not a block index (an integer)")
+        index = layer + depth if layer < 0 else layer
+        if index not in available:
+            raise InputError(
+                f"layers: block {layer} does not exist for {name!r}; it has blocks "
+                f"{available[0]} to {available[-1]}"
+            )
+        if index in chosen:
+            raise InputError(f"layers: block {index} is given twice")
+        chosen.append(index)
+    if not chosen:
+        raise InputError("layers: the list is empty; leave it out to adapt every block")
+    return SiteShape(len(chosen), site.d_in, site.d_out, tuple(sorted(chosen)))

@@ -1,0 +1,62 @@
+"""How the programs in `experiments/` start and fail.
+
+A mistake of the user is one line on standard error and exit status 2; a signal or a diverged run
+is one line and its own status; anything else is a defect and keeps its trace.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import app, flags, logging
+
+from mos_jax.errors import InputError, RunEnded
+
+USER_ERROR = 2
+
+
+def run(main: Callable[[Sequence[str]], None]) -> None:
+    """Parses the flags, runs `main`, and turns expected failures into one line and a status."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    app.run(lambda argv: _guarded(main, argv), flags_parser=_parse)
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+    try:
+        rest = list(flags.FLAGS(list(argv)))
+        # A config file that cannot be loaded shows only when its value is asked for.
+        for flag in flags.FLAGS.flags_by_module_dict().get(argv[0], []):
+            _ = getattr(flag.value, "keys", None)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        # A config file and its overrides fail in as many ways as Python code can.
+        _leave(f"{_in_words(error)}; see --help", USER_ERROR)
+    if len(rest) > 1:
+        _leave(f"unexpected words {' '.join(rest[1:])!r}; flags start with --", USER_ERROR)
+    if not flags.FLAGS["verbosity"].present:
+        # Orbax and JAX tell of every step they take.
+        logging.set_verbosity(logging.WARNING)
+    return rest
+
+
+def _in_words(error: Exception) -> str:
+    text = str(error.args[0] if error.args else error)
+    # What a config file's own code raised arrives as a whole trace; its last line says it.
+    if "Traceback (most recent call last)" in text:
+        text = text.strip().splitlines()[-1].partition(": ")[2]
+    return " ".join(text.replace("\\n", " ").split())
+
+
+def _guarded(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> None:
+    try:
+        main(argv)
+    except InputError as error:
+        _leave(str(error), USER_ERROR)
+    except RunEnded as error:
+        _leave(str(error), error.status)
+
+
+def _leave(words: str, status: int) -> None:
+    print(f"error: {words}", file=sys.stderr)
+    sys.exit(status)

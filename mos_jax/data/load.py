@@ -1,0 +1,152 @@
+"""From a configuration to everything a run needs of its data."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from mos_jax.data.batches import Batch, evaluation_batches, packing_figures
+from mos_jax.data.config import JSONL, DataConfig
+from mos_jax.data.examples import SPLITS, Example, Task, commonest_answer
+from mos_jax.data.gym import load_gym
+from mos_jax.data.jsonl import load_jsonl
+from mos_jax.data.loader import NO_END, BatchSource, Loader
+from mos_jax.data.packing import Layout, choose_layout, widen
+from mos_jax.data.tokens import TokenExample, Tokenised, Tokenizer, tokenize_all
+
+Report = dict[str, int | float | str]
+
+
+@dataclass(frozen=True)
+class Data:
+    """The three sets of a task, as examples and as tokens.
+
+    `train`, `validation` and `test` hold the examples that were kept; `tokens[split].examples`
+    are the same ones in the same order as tokens.
+
+    Attributes:
+        config: what the data was loaded from.
+        task: judges answers.
+        train: examples to learn from.
+        validation: examples for choices made during development.
+        test: examples for the final figures.
+        tokens: by split.
+        layout: shapes of training batches.
+        evaluation_layout: shapes of evaluation batches; those of training if everything fits.
+        pad: the padding id.
+    """
+
+    config: DataConfig
+    task: Task = field(repr=False)
+    train: tuple[Example, ...] = field(repr=False)
+    validation: tuple[Example, ...] = field(repr=False)
+    test: tuple[Example, ...] = field(repr=False)
+    tokens: dict[str, Tokenised] = field(repr=False)
+    layout: Layout
+    evaluation_layout: Layout
+    pad: int
+
+    def source(self, seed: int, accumulation: int = 1, steps: int = NO_END) -> BatchSource:
+        """Returns the training batches by step; the arguments are those of `BatchSource`."""
+        train = self.tokens["train"].examples
+        return BatchSource(train, self.layout, self.pad, seed, accumulation, steps)
+
+    def loader(
+        self, seed: int, accumulation: int = 1, steps: int = NO_END, prefetch: int = 4
+    ) -> Loader:
+        """Returns the stream of training batches."""
+        return Loader(self.source(seed, accumulation, steps), prefetch)
+
+    def batches(self, split: str) -> list[Batch]:
+        """Returns the evaluation batches of a split, in which each example occurs once.
+
+        Rows of training examples are packed anew, in `evaluation_layout`.
+        """
+        return evaluation_batches(self.tokens[split].examples, self.evaluation_layout, self.pad)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Names the three sets: equal exactly when all their texts are equal."""
+        digest = hashlib.blake2b(digest_size=16)
+        for examples in (self.train, self.validation, self.test):
+            digest.update(len(examples).to_bytes(8, "little"))
+            for example in examples:
+                digest.update(repr((example.question_key, example.answer)).encode())
+        return digest.hexdigest()
+
+    def report(self) -> Report:
+        """Returns figures on the data, JSON-able; shares and rates are from 0 to 1."""
+        report: Report = {"task": self.task.name, "scoring": self.task.scoring}
+        for split in SPLITS:
+            tokenised = self.tokens[split]
+            report[f"{split}_examples"] = len(tokenised.examples)
+            for reason, count in sorted(self.task.dropped[split].items()):
+                report[f"{split}_dropped_{reason}"] = count
+            report[f"{split}_skipped_too_long"] = len(tokenised.skipped)
+            report[f"{split}_truncated"] = len(tokenised.truncated)
+        lengths = [example.length for example in self.tokens["train"].examples]
+        answer, rate = commonest_answer(self.test)
+        figures = packing_figures(self.tokens["train"].examples, self.layout, seed=0)
+        return report | {
+            "mean_tokens": sum(lengths) / len(lengths),
+            "longest_tokens": max(lengths),
+            "rows": self.layout.rows,
+            "width": self.layout.width,
+            "targets_per_row": self.layout.targets,
+            **figures._asdict(),
+            "test_commonest_answer": answer,
+            "test_commonest_answer_rate": rate,
+            "fingerprint": self.fingerprint,
+        }
+
+    def summary(self) -> str:
+        """Returns the report as text, one figure a line."""
+        return "\n".join(
+            f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}"
+            for name, value in self.report().items()
+        )
+
+
+def load_task(config: DataConfig) -> Task:
+    """Returns the task of a configuration with its sets, not tokenised.
+
+    Raises:
+        InputError: as `gym.load_gym` or `jsonl.load_jsonl`.
+    """
+    return load_jsonl(config) if config.task == JSONL else load_gym(config)
+
+
+def _kept(examples: Sequence[Example], tokenised: Tokenised) -> tuple[Example, ...]:
+    skipped = set(tokenised.skipped)
+    return tuple(example for example in examples if example.id not in skipped)
+
+
+def load_data(config: DataConfig, tokenizer: Tokenizer) -> Data:
+    """Loads, checks and tokenises the three sets and chooses the shapes of batches.
+
+    Raises:
+        InputError: as `load_task`, `tokens.tokenize_all` or `packing.choose_layout`.
+    """
+    task = load_task(config)
+    sets = {"train": task.train, "validation": task.validation, "test": task.test}
+    tokens = {
+        split: tokenize_all(examples, tokenizer, config.sequence_length, config.too_long)
+        for split, examples in sets.items()
+    }
+    layout = choose_layout(
+        tokens["train"].examples, config.batch_size, config.sequence_length, config.packing
+    )
+    everything: list[TokenExample] = [e for t in tokens.values() for e in t.examples]
+    return Data(
+        config=config,
+        task=task,
+        train=_kept(task.train, tokens["train"]),
+        validation=_kept(task.validation, tokens["validation"]),
+        test=_kept(task.test, tokens["test"]),
+        tokens=tokens,
+        layout=layout,
+        evaluation_layout=widen(layout, everything),
+        pad=tokenizer.pad,
+    )

@@ -1,0 +1,1 @@
+"""Evaluation: loss, right answers and their intervals."""

@@ -1,0 +1,1 @@
+"""Exchange of adapters with other tools, without importing any of them."""

@@ -1,0 +1,58 @@
+"""Whether two sets of factors make the same model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mos_jax.adapters.low_rank import LowRank
+from mos_jax.errors import InputError
+from mos_jax.models.decoder import Decoder
+
+Factors = Mapping[str, LowRank]
+
+
+def largest_logit_difference(
+    model: Decoder,
+    tokens: jax.Array | np.ndarray,
+    factors_a: Factors | None,
+    factors_b: Factors | None,
+) -> float:
+    """Runs a base with two sets of factors and compares.
+
+    Args:
+      model: the base.
+      tokens: int32 [B, S]. Both sets of logits, fp32 [B, S, V], are in memory at once.
+      factors_a: factors of any sites, or None for the untouched base.
+      factors_b: likewise.
+
+    Returns:
+      The largest absolute difference of two logits (nats); nan where either model gives nan.
+
+    Raises:
+      InputError: if the tokens are not int32 [B, S] of the vocabulary, or the factors do not fit
+        the base.
+    """
+    host, vocabulary = np.asarray(tokens), model.config.vocab_size
+    if host.ndim != 2 or host.dtype != np.int32 or host.size == 0:
+        raise InputError(
+            f"tokens must be int32 [B, S] with at least one token, got {host.dtype} "
+            f"{list(host.shape)}"
+        )
+    # JAX would clamp them without a word.
+    if host.min() < 0 or host.max() >= vocabulary:
+        raise InputError(
+            f"tokens must lie between 0 and {vocabulary - 1}, got {host.min()} to {host.max()}"
+        )
+    a, b = (None if f is None else dict(f) for f in (factors_a, factors_b))
+    return float(_largest_difference(model, jnp.asarray(host), a, b))
+
+
+@jax.jit
+def _largest_difference(
+    model: Decoder, tokens: jax.Array, a: Factors | None, b: Factors | None
+) -> jax.Array:
+    return jnp.max(jnp.abs(model(tokens, a) - model(tokens, b)))

@@ -1,0 +1,367 @@
+"""Adapters as PEFT LoRA folders, written and read without PEFT.
+
+Any method's factors are a LoRA: they are written as they stand, with no SVD and no rounding, so
+that the export computes what the adapter computes. Sharing is lost on the way: a pool that all
+blocks draw from becomes one pair of matrices for each site.
+
+Axis legend: L adapted blocks, r rank, h = d_in, o = d_out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save as format_safetensors
+
+from mos_jax.adapters.low_rank import LowRank
+from mos_jax.adapters.sites import SITE_TYPES, SiteShape, check_sites
+from mos_jax.errors import InputError, suggest
+from mos_jax.interop.peft_config import (
+    CONFIG_FILE,
+    PICKLE_FILE,
+    Number,
+    PeftConfig,
+    Site,
+    find_alpha,
+    make_config,
+    tensor_name,
+)
+
+ARRAYS_FILE = "adapter_model.safetensors"
+README_FILE = "README.md"
+
+
+def export_peft(
+    path: str | os.PathLike[str],
+    factors: Mapping[str, LowRank],
+    *,
+    base_name: str,
+    num_layers: int,
+    card: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Writes factors as a LoRA folder that `peft.PeftModel.from_pretrained` loads.
+
+    The factors are written exactly: A and B in fp32 as they are, and of every site an alpha for
+    which alpha / r is its scale in fp32 (there always is one, see `find_alpha`). Where ranks or
+    scales differ between sites, `rank_pattern` and `alpha_pattern` say so. The folder is written
+    beside its place and then renamed, so that an interruption leaves what stood there whole.
+
+    Args:
+      path: the folder.
+      factors: `adapter.factors()`: by site type, a fp32 [L, r, h], b fp32 [L, r, o], scale fp32
+        [L] and the blocks they stand for.
+      base_name: name on the Hugging Face Hub, or folder, of the base for PEFT to load.
+      num_layers: blocks of the base.
+      card: how the adapter was trained, JSON values by name, for the README.
+      overwrite: replace an earlier PEFT adapter at `path`, with all that is in its folder.
+
+    Returns:
+      The folder, with adapter_config.json, adapter_model.safetensors and README.md.
+
+    Raises:
+      InputError: for no factors, an unknown site type, rank 0, shapes or blocks that disagree,
+        values that are not finite, a card that is not JSON; if the folder holds something and
+        `overwrite` is not set, or what it holds is not a PEFT adapter.
+    """
+    path = Path(path)
+    if not isinstance(base_name, str) or not base_name:
+        raise InputError(f"base_name must be the name of a model, got {base_name!r}")
+    if not isinstance(num_layers, int) or isinstance(num_layers, bool) or num_layers < 1:
+        raise InputError(f"num_layers must be an integer >= 1, got {num_layers!r}")
+    _check_destination(path, overwrite)
+    if not isinstance(factors, Mapping) or not factors:
+        raise InputError(
+            "factors must be a mapping from site type to LowRank with at least one entry "
+            f"(adapter.factors()), got {factors!r}"
+        )
+    arrays: dict[str, np.ndarray] = {}
+    ranks: dict[Site, int] = {}
+    alphas: dict[Site, Number] = {}
+    for name, low_rank in factors.items():
+        a, b, scale, layers = _checked(name, low_rank, num_layers)
+        for position, layer in enumerate(layers):
+            site = (name, layer)
+            ranks[site] = a.shape[1]
+            alphas[site] = find_alpha(scale[position], a.shape[1])
+            arrays[tensor_name(site, "A")] = np.ascontiguousarray(a[position])
+            arrays[tensor_name(site, "B")] = np.ascontiguousarray(b[position].T)
+    config = make_config(ranks, alphas, base_name, num_layers)
+    readme = _readme(base_name, ranks, alphas, sum(x.size for x in arrays.values()), card)
+    _replace_folder(
+        path,
+        {
+            ARRAYS_FILE: format_safetensors(arrays, metadata={"format": "pt"}),
+            CONFIG_FILE: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
+            README_FILE: readme.encode(),
+        },
+    )
+    return path
+
+
+def read_peft_factors(
+    path: str | os.PathLike[str], sites: Mapping[str, SiteShape]
+) -> dict[str, LowRank]:
+    """Reads a LoRA folder that PEFT or `export_peft` wrote.
+
+    Args:
+      path: the folder, with adapter_config.json and adapter_model.safetensors.
+      sites: all sites of the base, `base.sites`.
+
+    Returns:
+      By site type that the LoRA changes: a fp32 [L, r, h], b fp32 [L, r, o], scale fp32 [L] and
+      `layers`, None for all blocks. Where blocks differ in rank, r is the largest and the others
+      end in rows of zeros, which change nothing.
+
+    Raises:
+      InputError: if a file is missing, malformed or a pickle; for anything but a plain LoRA (DoRA,
+        modules_to_save, biases, another peft_type, an initialisation that changes the base), by
+        name; for targets that are none of the sites; for missing, extra or misshapen tensors.
+    """
+    folder = Path(path)
+    for name in check_sites(sites):
+        _check_site_type(name)
+    if folder.suffix == ".bin" and not folder.is_dir():
+        raise InputError(_pickle_message(folder))
+    config = PeftConfig.read(folder)
+    blocks = {name: _blocks(site) for name, site in sites.items()}
+    chosen = config.targets([(name, layer) for name in sites for layer in blocks[name]])
+    arrays = _read_arrays(folder)
+    _check_names(folder, arrays, {tensor_name(site, part) for site in chosen for part in "AB"})
+    factors = {}
+    for name in dict.fromkeys(name for name, _ in chosen):
+        own, shape = [site for site in chosen if site[0] == name], sites[name]
+        rank = max(map(config.rank, own))
+        a = np.zeros((len(own), rank, shape.d_in), np.float32)
+        b = np.zeros((len(own), rank, shape.d_out), np.float32)
+        for position, site in enumerate(own):
+            r = config.rank(site)
+            a[position, :r] = _take(arrays, tensor_name(site, "A"), (r, shape.d_in))
+            b[position, :r] = _take(arrays, tensor_name(site, "B"), (shape.d_out, r)).T
+        scale = np.array([config.scale(site) for site in own], np.float32)
+        layers = tuple(layer for _, layer in own)
+        whole = shape.layers is None and len(own) == shape.num_layers
+        factors[name] = LowRank(
+            jnp.asarray(a), jnp.asarray(b), jnp.asarray(scale), None if whole else layers
+        )
+    return factors
+
+
+def _check_site_type(name: str) -> None:
+    if name not in SITE_TYPES:
+        raise InputError(f"unknown site type {name!r}; {suggest(name, SITE_TYPES)}")
+
+
+def _blocks(site: SiteShape) -> tuple[int, ...]:
+    return tuple(range(site.num_layers)) if site.layers is None else site.layers
+
+
+def _checked(
+    name: str, low_rank: LowRank, num_layers: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[int, ...]]:
+    """The factors of one site type on the host, checked: a, b, scale and the blocks."""
+    _check_site_type(name)
+    a, b, scale = (np.asarray(x) for x in (low_rank.a, low_rank.b, low_rank.scale))
+    if (a.ndim, b.ndim, scale.ndim) != (3, 3, 1) or not (
+        a.shape[:2] == b.shape[:2] and a.shape[:1] == scale.shape
+    ):
+        raise InputError(
+            f"factors of {name!r} must be a [L, r, h], b [L, r, o] and scale [L], got "
+            f"{list(a.shape)}, {list(b.shape)} and {list(scale.shape)}"
+        )
+    if 0 in a.shape or 0 in b.shape:
+        raise InputError(
+            f"factors of {name!r} have rank {a.shape[1]}, {a.shape[0]} blocks and widths "
+            f"{a.shape[2]} -> {b.shape[2]}; a LoRA needs at least 1 of each"
+        )
+    for part, array in (("a", a), ("b", b), ("scale", scale)):
+        if array.dtype != np.float32:
+            raise InputError(f"factors of {name!r}: {part} must be float32, got {array.dtype}")
+        if not np.all(np.isfinite(array)):
+            raise InputError(f"factors of {name!r}: {part} holds values that are not finite")
+    layers = tuple(range(num_layers)) if low_rank.layers is None else low_rank.layers
+    if (
+        len(layers) != a.shape[0]
+        or list(layers) != sorted(set(layers))
+        or not 0 <= layers[0] <= layers[-1] < num_layers
+    ):
+        raise InputError(
+            f"factors of {name!r} are {a.shape[0]} entries for the blocks "
+            f"{'(all)' if low_rank.layers is None else list(layers)} of a base of {num_layers}"
+        )
+    return a, b, scale, layers
+
+
+def _check_destination(path: Path, overwrite: bool) -> None:
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path} is a file; give a folder")
+    if not path.exists() or not any(path.iterdir()):
+        return
+    if not overwrite:
+        raise InputError(f"{path} is not empty; set overwrite=True or choose another folder")
+    if not (path / CONFIG_FILE).is_file():
+        # Replacing removes the whole folder, which may be anything.
+        raise InputError(
+            f"{path} is not empty and not a PEFT adapter (no {CONFIG_FILE}), so it is not "
+            "overwritten; choose another folder"
+        )
+
+
+def _replace_folder(path: Path, files: Mapping[str, bytes]) -> None:
+    """Writes `files` to a folder beside `path` and puts it in the place of `path`."""
+    path = path.resolve()  # so that a link stays one, and `.` has a name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        fresh.chmod(0o755)
+        for name, payload in files.items():
+            with open(fresh / name, "wb") as stream:
+                stream.write(payload)
+                stream.flush()
+                os.fsync(stream.fileno())
+        old = fresh.with_name(fresh.name + ".old")
+        if path.exists():
+            path.rename(old)
+        try:
+            fresh.rename(path)
+        except BaseException:
+            if old.exists():
+                old.rename(path)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
+
+
+def _readme(
+    base_name: str,
+    ranks: Mapping[Site, int],
+    alphas: Mapping[Site, Number],
+    count: int,
+    card: Mapping[str, Any] | None,
+) -> str:
+    rows = []
+    for name in dict.fromkeys(name for name, _ in ranks):
+        own = [site for site in ranks if site[0] == name]
+        columns = (
+            [layer for _, layer in own],
+            sorted({ranks[site] for site in own}),
+            sorted({alphas[site] for site in own}),
+        )
+        cells = (", ".join(map(str, column)) for column in columns)
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    lines = [
+        "---",
+        f"base_model: {json.dumps(base_name)}",
+        "library_name: peft",
+        "pipeline_tag: text-generation",
+        "tags:",
+        f"- {json.dumps('base_model:adapter:' + base_name)}",
+        "- lora",
+        "- mos_jax",
+        "---",
+        "",
+        "# LoRA adapter",
+        "",
+        "The low-rank factors of an adapter that was trained with mos_jax, as they stand: they were"
+        " not approximated.",
+        f"Each site has matrices of its own here, {count} numbers together; a method that shares"
+        " parameters between sites trained fewer.",
+        "",
+        "## How it was trained",
+        "",
+        *_card_lines(card),
+        "",
+        "## Sites",
+        "",
+        "The scale of a site is alpha / rank.",
+        "",
+        "| site | blocks | rank | alpha |",
+        "| --- | --- | --- | --- |",
+        *rows,
+        "",
+        "## Use",
+        "",
+        "```python",
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM",
+        "",
+        f"base = AutoModelForCausalLM.from_pretrained({json.dumps(base_name)})",
+        'model = PeftModel.from_pretrained(base, "<this folder>")',
+        "```",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _card_lines(card: Mapping[str, Any] | None) -> list[str]:
+    if not card:
+        return ["Not recorded."]
+    lines = []
+    for key, value in card.items():
+        try:
+            text = json.dumps(value, allow_nan=False, ensure_ascii=False)
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"card: {key!r} is not a JSON value ({error}), got {value!r}"
+            ) from None
+        if isinstance(value, str):
+            text = " ".join(value.split())  # one line, so that it cannot open a heading
+        elif isinstance(value, (dict, list)):
+            text = f"`{text}`"
+        lines.append(f"- **{' '.join(str(key).split())}**: {text}")
+    return lines
+
+
+def _pickle_message(file: Path) -> str:
+    return (
+        f"{file} is a pickle, which can run code when read; convert it in its folder: "
+        'safetensors.torch.save_file(torch.load("adapter_model.bin", weights_only=True), '
+        f'"{ARRAYS_FILE}")'
+    )
+
+
+def _read_arrays(folder: Path) -> dict[str, np.ndarray]:
+    """All tensors of the folder, in their own dtypes."""
+    file = folder / ARRAYS_FILE
+    if not file.is_file():
+        if (folder / PICKLE_FILE).exists():
+            raise InputError(_pickle_message(folder / PICKLE_FILE))
+        raise InputError(f"no PEFT adapter at {folder}: {ARRAYS_FILE} is missing")
+    try:
+        with safe_open(file, framework="numpy") as tensors:
+            return {name: tensors.get_tensor(name) for name in tensors.keys()}
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{file} is not a whole safetensors file: {error}") from None
+
+
+def _check_names(folder: Path, arrays: Mapping[str, np.ndarray], wanted: set[str]) -> None:
+    for word, names in (("lacks", wanted - set(arrays)), ("has the extra", set(arrays) - wanted)):
+        if names:
+            some = sorted(names)[:3]
+            more = f" and {len(names) - len(some)} more" if len(names) > len(some) else ""
+            raise InputError(
+                f"{folder / ARRAYS_FILE} {word} tensor {', '.join(some)}{more}; {CONFIG_FILE} "
+                f"and the base's sites ask for {len(wanted)} others"
+            )
+
+
+def _take(arrays: Mapping[str, np.ndarray], name: str, shape: tuple[int, int]) -> np.ndarray:
+    array = arrays[name]
+    if array.shape != shape:
+        raise InputError(f"tensor {name} must be {list(shape)}, got {list(array.shape)}")
+    if array.dtype.name not in ("float32", "float16", "bfloat16"):
+        raise InputError(f"tensor {name} must be float32, float16 or bfloat16, got {array.dtype}")
+    array = array.astype(np.float32)
+    if not np.all(np.isfinite(array)):
+        raise InputError(f"tensor {name} holds values that are not finite")
+    return array

@@ -1,0 +1,1 @@
+"""Frozen bases: decoder, readers of model files, tokenizers, generation."""

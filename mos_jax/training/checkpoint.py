@@ -1,0 +1,132 @@
+"""Checkpoints of a run: adapter, optimiser, step, key and the loader's position, with Orbax."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from mos_jax.adapters.adapter import Adapter
+from mos_jax.adapters.storage import adapter_arrays, with_arrays
+from mos_jax.errors import InputError, RunEnded
+from mos_jax.training.config import CheckpointSection
+from mos_jax.training.step import AdapterParts, TrainState
+
+
+class Checkpoints:
+    """Asynchronous checkpoints in a folder; a step's folder appears only when it is whole.
+
+    The whole adapter is saved, routing tables too, so that a resumed run goes on with the tables
+    it began with, whatever a newer version would draw.
+    """
+
+    def __init__(self, folder: Path, config: CheckpointSection):
+        self._folder = folder.absolute()
+        self._manager = ocp.CheckpointManager(
+            self._folder,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=config.keep, enable_async_checkpointing=True
+            ),
+        )
+
+    @property
+    def latest_step(self) -> int | None:
+        """The newest whole checkpoint."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, parts: AdapterParts, loader: dict[str, Any]) -> None:
+        """Starts saving; arrays are copied before it returns, so they may be donated next.
+
+        Raises:
+          RunEnded: if this or an earlier asynchronous save failed, for example on a full disk.
+        """
+        step = int(state.step)
+        if step == self._manager.latest_step():
+            return
+        with self._in_words(step):
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(_as_tree(state, parts)),
+                    loader=ocp.args.JsonSave(loader),
+                ),
+            )
+
+    def restore(
+        self, step: int, state: TrainState, adapter: Adapter
+    ) -> tuple[TrainState, AdapterParts, dict[str, Any]]:
+        """Restores the checkpoint of `step`.
+
+        Args:
+          step: a step with a checkpoint.
+          state: a fresh state, for the structure.
+          adapter: a fresh adapter of the same configuration, for the structure.
+
+        Returns:
+          The state, the adapter's parts, and the loader's position.
+
+        Raises:
+          InputError: if the checkpoint does not have this structure.
+        """
+        parts, _ = AdapterParts.split(adapter)
+        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, _as_tree(state, parts))
+        try:
+            found = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(target), loader=ocp.args.JsonRestore()
+                ),
+            )
+        except (ValueError, KeyError, FileNotFoundError) as error:
+            raise InputError(
+                f"checkpoint {step} cannot be restored ({str(error).splitlines()[0]}); delete it "
+                "to go on from an older one, or choose another --workdir"
+            ) from error
+        tree = found["state"]
+        restored = with_arrays(adapter, tree["adapter"])
+        parts, trained = AdapterParts.split(restored)
+        key = jax.random.wrap_key_data(tree["key"])
+        state = TrainState(jnp.asarray(tree["step"]), trained, tree["optimizer"], key)
+        return state, parts, found["loader"]
+
+    def wait(self) -> None:
+        """Waits for the save under way. Raises RunEnded if it failed."""
+        with self._in_words(None):
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Frees the folder."""
+        self._manager.close()
+
+    @contextlib.contextmanager
+    def _in_words(self, step: int | None) -> Iterator[None]:
+        try:
+            yield
+        # TensorStore reports a failed write as ValueError, the rest of Orbax as OSError.
+        except (OSError, ValueError) as error:
+            latest = self._whole_step()
+            kept = "no checkpoint is left" if latest is None else f"step {latest} is kept"
+            what = "a checkpoint" if step is None else f"the checkpoint of step {step}"
+            raise RunEnded(
+                f"{what} could not be written ({' '.join(str(error).split())[:300]}); {kept} in "
+                f"{self._folder}. Free some space and run the same command again"
+            ) from error
+
+    def _whole_step(self) -> int | None:
+        return max(ocp.utils.checkpoint_steps(self._folder), default=None)
+
+
+def _as_tree(state: TrainState, parts: AdapterParts) -> dict[str, Any]:
+    adapter = nnx.merge(parts.graphdef, state.trained, parts.frozen)
+    return {
+        "adapter": adapter_arrays(adapter),
+        "optimizer": state.optimizer,
+        "key": jax.random.key_data(state.key),
+        "step": state.step,
+    }

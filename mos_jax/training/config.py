@@ -1,0 +1,345 @@
+"""Typed, frozen sections of a run's configuration.
+
+`experiments/` build an `ml_collections.ConfigDict`; `RunConfig.from_mapping` turns it at once into
+these dataclasses, checking every value, before anything is loaded, compiled or written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import typing
+from collections.abc import Mapping
+from typing import Any, Self
+
+from ml_collections import ConfigDict, config_dict
+
+from mos_jax.adapters.adapter import AdapterConfig
+from mos_jax.adapters.methods import METHODS, make_config
+from mos_jax.adapters.sites import Sites, SiteShape, select_sites
+from mos_jax.data.config import DataConfig
+from mos_jax.errors import InputError, suggest
+
+SCHEDULES = ("linear", "cosine", "constant")
+# Fields that may differ when a run is resumed: none changes what was computed so far.
+MAY_CHANGE = ("training.steps", "evaluation", "logging", "checkpoint")
+
+
+class Section:
+    """A section of the configuration; subclasses are frozen dataclasses."""
+
+    @classmethod
+    def from_mapping(cls, name: str, fields: Mapping[str, Any]) -> Self:
+        """Builds the section from a mapping.
+
+        Raises:
+          InputError: for an unknown field (with the nearest name), a value of another type than
+            the field's, or a value out of range.
+        """
+        known = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        for key, value in fields.items():
+            if key not in known:
+                raise InputError(f"config: unknown field {name}.{key}; {suggest(key, known)}")
+            default = known[key].default
+            wrong = (
+                isinstance(value, bool) != isinstance(default, bool)
+                or (isinstance(default, int) and not isinstance(value, int))
+                or (isinstance(default, float) and not isinstance(value, (int, float)))
+                or (isinstance(default, str) and not isinstance(value, str))
+            )
+            if default is not None and wrong:
+                raise InputError(
+                    f"config: {name}.{key} must be of type {type(default).__name__}, got {value!r}"
+                )
+        section = cls(**fields)
+        section.check(name)
+        return section
+
+    def check(self, name: str) -> None:
+        """Raises InputError for values out of range."""
+
+
+def _at_least(name: str, value: float, minimum: float) -> None:
+    if not (math.isfinite(value) and value >= minimum):
+        raise InputError(f"config: {name} must be at least {minimum}, got {value!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseSection(Section):
+    """Which base: see `mos_jax.load_base`."""
+
+    name: str = "smollm2-135m-instruct"
+    dtype: str = "float32"
+    remat: str = "products"
+
+
+@dataclasses.dataclass(frozen=True)
+class SitesSection(Section):
+    """Which sites are adapted: see `select_sites`.
+
+    Lists are written with commas, so that a flag can set them.
+
+    Attributes:
+      include: "all-linear", or names and regular expressions.
+      exclude: names and regular expressions to leave out.
+      layers: indices of blocks; empty = all.
+    """
+
+    include: str = "all-linear"
+    exclude: str = ""
+    layers: str = ""
+
+    def select(self, sites: Sites) -> dict[str, SiteShape]:
+        """Applies the selection. Raises InputError."""
+        include = "all-linear" if self.include == "all-linear" else _split(self.include)
+        try:
+            layers = [int(index) for index in _split(self.layers)] or None
+        except ValueError:
+            raise InputError(
+                f"config: sites.layers must be block indices with commas, got {self.layers!r}"
+            ) from None
+        return select_sites(sites, include, _split(self.exclude), layers)
+
+
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingSection(Section):
+    """The optimisation.
+
+    Attributes:
+      steps: optimiser steps.
+      learning_rate: peak rate.
+      schedule: after the warm-up: "linear" or "cosine" to 0 at `steps`, or "constant".
+      warmup_share: share of `steps` in which the rate rises linearly from 0.
+      weight_decay: AdamW's, decoupled.
+      clip_norm: global norm of the gradient; 0 = no clipping.
+      b1: AdamW's first decay rate.
+      b2: AdamW's second decay rate.
+      eps: AdamW's.
+      accumulation: batches whose gradients are summed to one step; the loss is the mean over all
+        their target tokens, as if they were one batch.
+      dropout: of the input of the adapter's branch.
+      seed: of the adapter's initialisation and of dropout.
+    """
+
+    steps: int = 200
+    learning_rate: float = 3e-3
+    schedule: str = "linear"
+    warmup_share: float = 0.03
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    accumulation: int = 1
+    dropout: float = 0.0
+    seed: int = 0
+
+    def check(self, name: str) -> None:
+        """See base class."""
+        if self.schedule not in SCHEDULES:
+            raise InputError(
+                f"config: {name}.schedule {self.schedule!r} is unknown; "
+                f"{suggest(self.schedule, SCHEDULES)}"
+            )
+        for field, minimum in (
+            ("steps", 1), ("learning_rate", 0), ("weight_decay", 0), ("clip_norm", 0),
+            ("eps", 0), ("accumulation", 1), ("seed", 0),
+        ):  # fmt: skip
+            _at_least(f"{name}.{field}", getattr(self, field), minimum)
+        for field in ("dropout", "warmup_share", "b1", "b2"):
+            value = getattr(self, field)
+            if not 0 <= value < 1:
+                raise InputError(f"config: {name}.{field} must be in [0, 1), got {value!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationSection(Section):
+    """What is evaluated when.
+
+    Attributes:
+      every: steps between evaluations on the validation set; 0 = only at the end.
+      samples: questions whose generated answers are shown at each evaluation.
+      max_new_tokens: longest generated answer.
+      test_at_end: evaluate base and adapter on the test set when training is done.
+    """
+
+    every: int = 50
+    samples: int = 3
+    max_new_tokens: int = 32
+    test_at_end: bool = True
+
+    def check(self, name: str) -> None:
+        """See base class."""
+        for field, minimum in (("every", 0), ("samples", 0), ("max_new_tokens", 1)):
+            _at_least(f"{name}.{field}", getattr(self, field), minimum)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoggingSection(Section):
+    """Where metrics go, beside the terminal and `metrics.jsonl`.
+
+    Attributes:
+      every: steps between lines on a terminal that shows no live bar.
+      tensorboard: write TensorBoard files.
+      wandb_project: name of a Weights & Biases project; empty = none.
+    """
+
+    every: int = 10
+    tensorboard: bool = True
+    wandb_project: str = ""
+
+    def check(self, name: str) -> None:
+        """See base class."""
+        _at_least(f"{name}.every", self.every, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointSection(Section):
+    """When training state is saved.
+
+    Attributes:
+      every: steps between checkpoints.
+      keep: how many of the newest are kept.
+    """
+
+    every: int = 50
+    keep: int = 2
+
+    def check(self, name: str) -> None:
+        """See base class."""
+        _at_least(f"{name}.every", self.every, 1)
+        _at_least(f"{name}.keep", self.keep, 1)
+
+
+SECTIONS: dict[str, type[Section]] = {
+    "base": BaseSection,
+    "sites": SitesSection,
+    "training": TrainingSection,
+    "evaluation": EvaluationSection,
+    "logging": LoggingSection,
+    "checkpoint": CheckpointSection,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides a run."""
+
+    base: BaseSection
+    sites: SitesSection
+    adapter: AdapterConfig
+    data: DataConfig
+    training: TrainingSection
+    evaluation: EvaluationSection
+    logging: LoggingSection
+    checkpoint: CheckpointSection
+
+    @classmethod
+    def from_mapping(cls, config: Mapping[str, Any]) -> RunConfig:
+        """Builds the configuration from nested mappings; absent sections take their defaults.
+
+        `config["adapter"]` holds `method` and the fields of that method.
+
+        Raises:
+          InputError: for an unknown section or field, or a refused value.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in config:
+            if name not in known:
+                raise InputError(f"config: unknown section {name!r}; {suggest(name, known)}")
+        sections: dict[str, Any] = {
+            name: section.from_mapping(name, config.get(name, {}))
+            for name, section in SECTIONS.items()
+        }
+        adapter = dict(config.get("adapter", {}))
+        method = adapter.pop("method", None)
+        if method is None:
+            raise InputError("config: adapter.method is missing; for example 'mos' or 'lora'")
+        sections["adapter"] = make_config(method, adapter)
+        sections["data"] = DataConfig.create(**config.get("data", {}))
+        return cls(**sections)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The resolved configuration as JSON values; `from_mapping` reads it back."""
+        resolved = dataclasses.asdict(self)
+        resolved["adapter"] = {"method": self.adapter.method, **self.adapter.to_dict()}
+        return resolved
+
+
+def default_config(method: str = "mos", **adapter: Any) -> ConfigDict:
+    """All sections with their defaults as a `ConfigDict`, for the files in `configs/`.
+
+    Fields that are None by default become placeholders, so that flags can set them.
+
+    Args:
+      method: name of the method.
+      **adapter: fields of its configuration.
+
+    Raises:
+      InputError: for an unknown method or field.
+    """
+    if method not in METHODS:
+        raise InputError(f"unknown method {method!r}; {suggest(method, METHODS)}")
+    config = ConfigDict({name: _fields(section) for name, section in SECTIONS.items()})
+    config.data = _fields(DataConfig)
+    config.adapter = {"method": method, **_fields(METHODS[method])}
+    for name, value in adapter.items():
+        if name not in config.adapter:
+            raise InputError(f"{method}: unknown field {name!r}; {suggest(name, config.adapter)}")
+        config.adapter[name] = value
+    return config
+
+
+def _fields(section: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(section)
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(section):
+        default = field.default
+        if default is dataclasses.MISSING and field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        if default is None:
+            kinds = [kind for kind in typing.get_args(hints[field.name]) if kind is not type(None)]
+            simple = kinds[0] if isinstance(kinds[0], type) else str
+            default = config_dict.placeholder(simple)
+        found[field.name] = default
+    return found
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Fields that differ between two resolved configurations: dotted name -> (old, new)."""
+    found: dict[str, Any] = {}
+    for key in sorted(set(old) | set(new)):
+        name, a, b = f"{prefix}{key}", old.get(key), new.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found |= differences(a, b, f"{name}.")
+        elif a != b:
+            found[name] = (a, b)
+    return found
+
+
+def check_resumable(old: Mapping[str, Any], new: Mapping[str, Any], workdir: str) -> list[str]:
+    """Checks that a run with configuration `new` may go on in the folder of a run with `old`.
+
+    Returns:
+      The changes, in words.
+
+    Raises:
+      InputError: naming every field that may not change.
+    """
+    changes = differences(old, new)
+    refused = {
+        name: pair
+        for name, pair in changes.items()
+        if not any(name == free or name.startswith(f"{free}.") for free in MAY_CHANGE)
+    }
+    if refused:
+        listed = "; ".join(f"{name} was {a!r}, now {b!r}" for name, (a, b) in refused.items())
+        raise InputError(
+            f"{workdir} holds a run with another config: {listed}. Choose another --workdir, or "
+            f"restore these fields (only {', '.join(MAY_CHANGE)} may change on resuming)"
+        )
+    return [f"{name}: {a!r} -> {b!r}" for name, (a, b) in changes.items()]

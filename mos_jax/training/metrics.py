@@ -1,0 +1,162 @@
+"""Where a run's numbers go: the terminal, `metrics.jsonl`, TensorBoard, Weights & Biases."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mos_jax.errors import InputError
+from mos_jax.training.config import LoggingSection
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one JSON object a line, with `step`.
+
+    On resuming, lines of later steps than the checkpoint, and a line torn by a crash, are removed,
+    so that the file holds every step once.
+    """
+
+    def __init__(self, path: Path, resume_step: int):
+        kept = []
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    record = json.loads(line)
+                except ValueError:
+                    continue
+                if record["step"] <= resume_step:
+                    kept.append(line)
+            # Written beside and renamed: a crash here must not lose the history.
+            fresh = path.with_suffix(".jsonl.new")
+            fresh.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            os.replace(fresh, path)
+        self._stream = open(path, "a", encoding="utf-8")
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Appends a line and hands it to the operating system."""
+        self._stream.write(json.dumps(record) + "\n")
+        self._stream.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._stream.close()
+
+
+class Reporter:
+    """Shows progress and writes metrics; a context manager around the loop."""
+
+    def __init__(
+        self,
+        workdir: Path,
+        config: LoggingSection,
+        total_steps: int,
+        first_step: int,
+        console: Console,
+        run_config: Mapping[str, Any],
+    ):
+        self._config = config
+        self._console = console
+        self._total = total_steps
+        self._file = MetricsFile(workdir / "metrics.jsonl", first_step)
+        self._tensorboard = _open_tensorboard(workdir, first_step) if config.tensorboard else None
+        self._wandb = _open_wandb(workdir, config.wandb_project, run_config)
+        self._bar = Progress(
+            TextColumn("training"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:.4f}"),
+            TextColumn("{task.fields[speed]:.0f} tokens/s"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            TextColumn("left", style="dim"),
+            console=console,
+            disable=not console.is_terminal,
+            transient=False,
+        )
+        self._task = self._bar.add_task(
+            "training", total=total_steps, completed=first_step, loss=float("nan"), speed=0.0
+        )
+        self._last = time.perf_counter()
+        self._speed = 0.0
+
+    def __enter__(self) -> Self:
+        """Starts the live bar."""
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Stops the bar and closes the files."""
+        self._bar.stop()
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def restart_clock(self) -> None:
+        """Leaves the time since the last step out of the speed (an evaluation ran)."""
+        self._last = time.perf_counter()
+
+    def step(self, step: int, metrics: Mapping[str, float], tokens: int) -> None:
+        """Reports step number `step` (from 1), with `loss` in `metrics`, and its tokens."""
+        now = time.perf_counter()
+        speed = tokens / max(now - self._last, 1e-9)
+        # The first step holds the compilation; it must not colour the average.
+        self._speed = speed if self._speed == 0.0 or step <= 2 else 0.9 * self._speed + 0.1 * speed
+        self._last = now
+        self._bar.update(self._task, completed=step, loss=metrics["loss"], speed=self._speed)
+        if not self._console.is_terminal and (
+            step == 1 or step % self._config.every == 0 or step == self._total
+        ):
+            left = tokens * (self._total - step) / max(self._speed, 1e-9)
+            self.say(
+                f"step {step}/{self._total}  loss {metrics['loss']:.4f}  "
+                f"{self._speed:.0f} tokens/s  {left:.0f} s left"
+            )
+        self._write({"step": step, **metrics, "tokens_per_second": speed})
+
+    def say(self, text: str) -> None:
+        """Prints a line above the bar."""
+        self._console.print(text, highlight=False, markup=False)
+
+    def _write(self, record: Mapping[str, Any]) -> None:
+        self._file.write(record)
+        numbers = {name: value for name, value in record.items() if name != "step"}
+        if self._tensorboard is not None:
+            for name, value in numbers.items():
+                self._tensorboard.add_scalar(name, value, record["step"])
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=record["step"])
+
+
+def _open_tensorboard(workdir: Path, first_step: int) -> Any:
+    from tensorboardX import SummaryWriter
+
+    # purge_step hides what an interrupted run wrote beyond its last checkpoint.
+    return SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
+
+
+def _open_wandb(workdir: Path, project: str, run_config: Mapping[str, Any]) -> Any:
+    if not project:
+        return None
+    try:
+        import wandb
+    except ImportError:
+        raise InputError(
+            "logging.wandb_project is set but wandb is not installed; pip install 'mos_jax[wandb]'"
+        ) from None
+    return wandb.init(
+        project=project, dir=str(workdir), config=dict(run_config), id=workdir.name, resume="allow"
+    )

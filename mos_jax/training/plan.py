@@ -1,0 +1,100 @@
+"""The dry run: what a configuration trains and what it needs, from the compiled step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from mos_jax.training.config import RunConfig
+from mos_jax.training.session import Session
+
+
+def plan(config: RunConfig) -> dict[str, Any]:
+    """Builds everything, compiles the step, and runs nothing.
+
+    Returns:
+      `sites`: by site type its L, d_in, d_out, rank and trained parameters; `budget`, see
+      `Session.budget`; `bytes` of base, adapter (with its frozen part), optimizer, batch and
+      activations (the compiled step's temporaries); `data`, see `Data.report`.
+
+    Raises:
+      InputError: as for training.
+    """
+    session = Session.create(config)
+    state, parts = session.initial()
+    adapter, model = session.adapter, session.base.model
+    section = config.training
+    batch = session.data.source(section.seed, section.accumulation)[0]
+    compiled = session.train_step().lower(state, parts, model, batch).compile()
+    memory = compiled.memory_analysis()
+    counts = adapter.count_trained_by_site()
+    factors = jax.eval_shape(lambda adapter: adapter.factors(), adapter)
+    return {
+        "sites": {
+            name: {
+                "layers": site.num_layers,
+                "d_in": site.d_in,
+                "d_out": site.d_out,
+                "rank": factors[name].rank,
+                "trained": counts[name],
+            }
+            for name, site in adapter.sites.items()
+        },
+        "budget": session.budget(),
+        "bytes": {
+            "base": _bytes(model),
+            "adapter": _bytes(adapter),
+            "optimizer": _bytes(state.optimizer),
+            "batch": _bytes(batch),
+            "activations": memory.temp_size_in_bytes,
+        },
+        "adapter": adapter.summary(),
+        "data": session.data.report(),
+    }
+
+
+def print_plan(config: RunConfig, console: Console) -> None:
+    """Prints `plan(config)` as tables."""
+    found = plan(config)
+    table = Table("site type", "layers", "d_in", "d_out", "rank", "trained parameters")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, site in found["sites"].items():
+        numbers = (site[key] for key in ("layers", "d_in", "d_out", "rank"))
+        table.add_row(name, *map(str, numbers), f"{site['trained']:,}")
+    budget = found["budget"]
+    table.add_section()
+    table.add_row("all", "", "", "", "", f"{budget['trained']:,}")
+    console.print(table)
+    console.print(
+        f"LoRA at the same rank ({budget['rank']}) would train {budget['lora_same_rank']:,}; "
+        f"at the same budget it has rank {budget['lora_same_budget_rank']}.",
+        highlight=False,
+    )
+    if "idle_parameters" in found["adapter"]:
+        console.print(
+            f"{found['adapter']['idle_parameters']:,} trained parameters are in shards that no "
+            "layer draws.",
+            highlight=False,
+        )
+    memory = Table("memory", "MiB")
+    memory.columns[1].justify = "right"
+    for name, size in found["bytes"].items():
+        memory.add_row(name, f"{size / 2**20:,.1f}")
+    memory.add_section()
+    memory.add_row("all", f"{sum(found['bytes'].values()) / 2**20:,.1f}")
+    console.print(memory)
+    data = found["data"]
+    console.print(
+        f"{data['task']}: {data['train_examples']} training examples of {data['mean_tokens']:.0f} "
+        f"tokens on average, rows of {data['width']} tokens, {data['rows']} rows and "
+        f"{data['examples_per_batch']:.1f} examples a batch, {data['padding_share']:.1%} padding.",
+        highlight=False,
+    )
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,94 @@
+"""The folder of a run: its configuration, its lock, and files that are whole or absent."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from mos_jax.errors import InputError
+from mos_jax.training.config import check_resumable
+
+
+class WorkDir:
+    """Paths and small files of a run's folder.
+
+    Attributes:
+      path: the folder.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"--workdir={self.path} is a file; give a folder")
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the training states."""
+        return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        """Folder of the finished adapter."""
+        return self.path / "adapter"
+
+    def check_config(self, config: Mapping[str, Any]) -> list[str]:
+        """Compares with the configuration stored here, if any; see `check_resumable`."""
+        stored = self._read("config.json")
+        if stored is None:
+            if self.path.exists() and any(self.checkpoints.glob("*")):
+                raise InputError(f"{self.path} has checkpoints but no config.json; choose another")
+            return []
+        # Compared as JSON: a tuple and the list it was written as are the same value.
+        return check_resumable(stored, json.loads(json.dumps(config)), str(self.path))
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        """Stores the resolved configuration."""
+        self._write("config.json", config)
+
+    def read_summary(self) -> dict[str, Any] | None:
+        """What a finished run wrote, or None."""
+        return self._read("summary.json")
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Stores the result; its presence marks the run as finished."""
+        self._write("summary.json", summary)
+
+    def remove_summary(self) -> None:
+        """Marks the run as not finished."""
+        (self.path / "summary.json").unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Creates the folder and keeps other runs out of it; freed even by a kill.
+
+        Raises:
+          InputError: if another process holds it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(self.path / ".lock", "w") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(f"another run is at work in {self.path}") from None
+            yield
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        try:
+            return json.loads((self.path / name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise InputError(f"{self.path / name} is not JSON ({error}); remove it") from None
+
+    def _write(self, name: str, value: Mapping[str, Any]) -> None:
+        fresh = self.path / f".{name}.new"
+        with open(fresh, "w", encoding="utf-8") as stream:
+            stream.write(json.dumps(value, indent=2) + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(fresh, self.path / name)

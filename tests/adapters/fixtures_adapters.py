@@ -1,0 +1,58 @@
+"""Small sites and plain NumPy loops that the tests of adapters compare with."""
+
+import jax
+import numpy as np
+from flax import nnx
+
+from mos_jax.adapters.adapter import Adapter
+from mos_jax.adapters.sites import SiteShape
+
+# Different widths, all divisible by 4; a narrower output as under grouped queries.
+SITES = {"q_proj": SiteShape(3, 8, 8), "down_proj": SiteShape(3, 12, 4)}
+# The same with only three of the model's five blocks adapted.
+SOME_LAYERS = {
+    name: SiteShape(3, site.d_in, site.d_out, (0, 2, 3)) for name, site in SITES.items()
+}
+MODEL_LAYERS = 5
+
+
+def randomised(adapter: Adapter, seed: int = 0) -> Adapter:
+    """The adapter with all its trained arrays redrawn, so that no factor is zero."""
+    graphdef, trained, frozen = nnx.split(adapter, nnx.Param, ...)
+    random = np.random.default_rng(seed)
+    trained = jax.tree.map(
+        lambda leaf: jax.numpy.asarray(random.normal(size=leaf.shape), leaf.dtype), trained
+    )
+    return nnx.merge(graphdef, trained, frozen)
+
+
+def trained_arrays(adapter: Adapter) -> dict[str, np.ndarray]:
+    state = nnx.to_flat_state(nnx.state(adapter, nnx.Param))
+    return {"/".join(map(str, path)): np.asarray(variable[...]) for path, variable in state}
+
+
+def frozen_arrays(adapter: Adapter) -> dict[str, np.ndarray]:
+    state = nnx.to_flat_state(nnx.state(adapter, nnx.Not(nnx.Param)))
+    return {"/".join(map(str, path)): np.asarray(variable[...]) for path, variable in state}
+
+
+def assembled_by_hand(
+    pool: np.ndarray, table: np.ndarray, num_public: int, private_rank: int
+) -> np.ndarray:
+    """All blocks' rank vectors [L, r, l w]: the public ones as routed, then each block's own.
+
+    The private vectors are read from where they must lie, whatever the table says of them.
+    """
+    num_layers, rank, per_vector = table.shape
+    blocks = []
+    for k in range(num_layers):
+        vectors = []
+        for j in range(rank - private_rank):
+            picks = [int(index) for index in table[k, j]]
+            assert all(0 <= index < num_public for index in picks)
+            vectors.append(np.concatenate([pool[index] for index in picks]))
+        for j in range(private_rank):
+            first = num_public + (k * private_rank + j) * per_vector
+            vectors.append(np.concatenate([pool[first + i] for i in range(per_vector)]))
+        blocks.append(np.stack(vectors))
+    return np.stack(blocks)

@@ -1,0 +1,282 @@
+"""What every method must keep. A new method is one more entry of `CONFIGS`."""
+
+import dataclasses
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from mos_jax.adapters.adapter import Adapter
+from mos_jax.adapters.lora import LoRAConfig
+from mos_jax.adapters.methods import METHODS, count_parameters, create_adapter, make_config
+from mos_jax.adapters.mos import MoSConfig
+from mos_jax.adapters.storage import load_adapter, save_adapter
+from tests.adapters.fixtures_adapters import (
+    MODEL_LAYERS,
+    SITES,
+    SOME_LAYERS,
+    frozen_arrays,
+    randomised,
+    trained_arrays,
+)
+
+CONFIGS = {
+    "mos": MoSConfig(equivalent_rank=2, rank=3, shards_per_vector=2, private_rank=1),
+    "mos-tied": MoSConfig(equivalent_rank=2, rank=4, pair_dissociation=False),
+    "mos-scaled": MoSConfig.pure_sharing(1, random_scaling="fixed"),
+    "mos-trained-scaling": MoSConfig.pure_sharing(1, random_scaling="trained"),
+    "lora": LoRAConfig(rank=2),
+    "rslora": LoRAConfig(rank=3, rslora=True),
+}
+TREE_MODE = {"NNX_GRAPH_MODE": "false", "NNX_GRAPH_UPDATES": "false"}
+INSIDE = "MOS_JAX_CONTRACT_IN_TREE_MODE"
+
+
+@functools.cache
+def built(name, layers=False, seed=0):
+    """One build for several tests: an adapter is only read."""
+    sites = SOME_LAYERS if layers else SITES
+    return create_adapter(CONFIGS[name], sites, jax.random.key(seed))
+
+
+@functools.cache
+def random_one(name, layers=False):
+    return randomised(built(name, layers))
+
+
+@pytest.fixture(params=CONFIGS)
+def name(request):
+    return request.param
+
+
+@pytest.fixture(params=[False, True], ids=["all-layers", "some-layers"])
+def layers(request):
+    return request.param
+
+
+def assert_same(have, want):
+    """The same tree of the same arrays, bitwise."""
+    assert jax.tree.structure(have) == jax.tree.structure(want)
+    for one, other in zip(jax.tree.leaves(have), jax.tree.leaves(want), strict=True):
+        assert (one.shape, one.dtype) == (other.shape, other.dtype)
+        np.testing.assert_array_equal(one, other)
+
+
+def loss_of(adapter):
+    return sum(jnp.sum(jnp.sin(f.a)) + jnp.sum((f.b - 1) ** 2) for f in adapter.factors().values())
+
+
+def test_every_method_is_tested():
+    assert {config.method for config in CONFIGS.values()} == set(METHODS)
+    assert all(isinstance(CONFIGS[name], METHODS[CONFIGS[name].method]) for name in CONFIGS)
+
+
+def test_factors_of_all_blocks_have_the_shapes_and_dtypes_of_the_contract(name, layers):
+    adapter = built(name, layers)
+    assert isinstance(adapter, Adapter)
+    factors = adapter.factors()
+    assert list(factors) == list(adapter.sites) == list(SITES)
+    for site_name, site in adapter.sites.items():
+        f = factors[site_name]
+        assert f.a.shape == (site.num_layers, f.rank, site.d_in)
+        assert f.b.shape == (site.num_layers, f.rank, site.d_out)
+        assert f.scale.shape == (site.num_layers,)
+        assert {f.a.dtype, f.b.dtype, f.scale.dtype} == {jnp.dtype("float32")}
+        assert f.layers == site.layers
+        assert np.all(np.asarray(f.scale) > 0)
+        assert_same(adapter.site_factors(site_name), f)
+
+
+def test_factors_of_one_block_are_its_rows_of_all_or_have_scale_0(name, layers):
+    adapter = random_one(name, layers)
+    every = adapter.factors()
+    compiled = jax.jit(adapter.factors)
+    adapted = (0, 2, 3) if layers else (0, 1, 2)
+    for k in range(MODEL_LAYERS if layers else 3):
+        one = compiled(k)
+        assert list(one) == list(every)
+        for site_name, f in one.items():
+            site = adapter.sites[site_name]
+            assert f.a.shape == (f.rank, site.d_in)
+            assert f.b.shape == (f.rank, site.d_out)
+            assert (f.scale.shape, f.scale.dtype, f.layers) == ((), jnp.float32, None)
+            if k in adapted:
+                row = dataclasses.replace(
+                    jax.tree.map(lambda leaf: leaf[adapted.index(k)], every[site_name]), layers=None  # noqa: B023
+                )
+                assert_same(f, row)
+            else:
+                assert f.scale == 0
+    assert_same(adapter.factors(adapted[1]), compiled(jnp.int32(adapted[1])))
+
+
+def test_scan_over_blocks_equals_apply_block_by_block(name):
+    adapter = random_one(name)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 8)), jnp.float32)
+
+    @jax.jit
+    def scanned(adapter):
+        def block(carry, factors):
+            return carry, factors["q_proj"].apply(x)
+
+        return jax.lax.scan(block, None, adapter.factors())[1]
+
+    loop = [x @ delta for delta in adapter.site_factors("q_proj").delta()]
+    assert np.abs(loop[0] - loop[1]).max() > 0.1 or name == "mos-scaled"
+    np.testing.assert_allclose(scanned(adapter), loop, rtol=1e-4, atol=1e-4)
+
+
+def test_the_count_is_the_size_of_the_params_and_is_known_from_shapes(name, layers):
+    adapter = built(name, layers)
+    arrays = trained_arrays(adapter)
+    assert adapter.count_trained() == sum(array.size for array in arrays.values()) > 0
+    by_site = adapter.count_trained_by_site()
+    assert sum(by_site.values()) == adapter.count_trained()
+    assert count_parameters(CONFIGS[name], adapter.sites) == by_site
+    assert {array.dtype for array in arrays.values()} == {np.dtype("float32")}
+
+
+def test_every_trained_array_gets_a_gradient_and_one_step_changes_nothing_else(name, layers):
+    adapter = random_one(name, layers)
+    graphdef, params, rest = nnx.split(adapter, nnx.Param, ...)
+    optimizer = optax.adamw(0.1)
+
+    @jax.jit
+    def step(params):
+        gradients = jax.grad(lambda p: loss_of(nnx.merge(graphdef, p, rest)))(params)
+        updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+        return gradients, nnx.merge(graphdef, optax.apply_updates(params, updates), rest)
+
+    gradients, stepped = step(params)
+    for leaf in jax.tree.leaves(gradients):
+        assert np.all(np.isfinite(leaf))
+        assert np.any(leaf)
+    assert loss_of(stepped) < loss_of(adapter)
+    old, new = trained_arrays(adapter), trained_arrays(stepped)
+    assert list(old) == list(new)
+    assert all(np.any(old[key] != new[key]) for key in old)
+    old, new = frozen_arrays(adapter), frozen_arrays(stepped)
+    assert list(old) == list(new)
+    for key in old:
+        np.testing.assert_array_equal(old[key], new[key])
+
+
+def test_the_key_decides_what_trains_and_only_that(name):
+    same = create_adapter(CONFIGS[name], SITES, jax.random.key(0))
+    other = built(name, seed=1)
+    assert_same(nnx.state(same), nnx.state(built(name)))
+    old, new = trained_arrays(same), trained_arrays(other)
+    assert any(np.any(old[key] != new[key]) for key in old)
+    for key, array in frozen_arrays(same).items():
+        np.testing.assert_array_equal(frozen_arrays(other)[key], array)
+
+
+def test_the_constructor_and_the_factors_run_under_jit(name, layers):
+    sites = SOME_LAYERS if layers else SITES
+    config = CONFIGS[name]
+    adapter = jax.jit(lambda key: create_adapter(config, sites, key))(jax.random.key(0))
+    assert_same(nnx.state(adapter), nnx.state(built(name, layers)))
+    assert_same(jax.jit(lambda a: a.factors())(adapter), built(name, layers).factors())
+
+
+def test_the_constructor_vmaps_over_keys(name):
+    keys = jax.vmap(jax.random.key)(jnp.arange(2))
+    many = jax.vmap(lambda key: create_adapter(CONFIGS[name], SITES, key))(keys)
+    factors = jax.vmap(lambda adapter: adapter.factors())(many)
+    for seed in range(2):
+        assert_same(
+            jax.tree.map(lambda leaf: leaf[seed], factors),  # noqa: B023
+            built(name, seed=seed).factors(),
+        )
+
+
+def test_eval_shape_of_the_constructor_allocates_nothing_and_has_the_shapes(name):
+    abstract = jax.eval_shape(
+        lambda key: create_adapter(CONFIGS[name], SITES, key), jax.random.key(0)
+    )
+    want = nnx.state(built(name))
+    have = nnx.state(abstract)
+    assert jax.tree.structure(have) == jax.tree.structure(want)
+    for one, other in zip(jax.tree.leaves(have), jax.tree.leaves(want), strict=True):
+        assert isinstance(one, jax.ShapeDtypeStruct)
+        assert (one.shape, one.dtype) == (other.shape, other.dtype)
+    assert abstract.count_trained() == built(name).count_trained()
+
+
+def test_two_adapters_of_one_configuration_share_one_compilation(name):
+    traces = []
+
+    @jax.jit
+    def function(adapter):
+        traces.append(None)
+        return adapter.factors()
+
+    function(built(name))
+    function(built(name, seed=1))
+    assert len(traces) == 1
+
+
+def test_split_and_merge_give_the_adapter_back(name):
+    graphdef, state = nnx.split(random_one(name))
+    assert_same(nnx.merge(graphdef, state).factors(), random_one(name).factors())
+
+
+def test_save_and_load_give_the_same_bits(name, layers, tmp_path):
+    adapter = random_one(name, layers)
+    loaded = load_adapter(save_adapter(tmp_path / "adapter", adapter))
+    assert type(loaded) is type(adapter)
+    assert (loaded.config, loaded.sites) == (adapter.config, adapter.sites)
+    assert_same(nnx.state(loaded), nnx.state(adapter))
+    assert_same(loaded.factors(), adapter.factors())
+
+
+def test_the_configuration_survives_json(name):
+    config = CONFIGS[name]
+    assert make_config(config.method, json.loads(json.dumps(config.to_dict()))) == config
+    assert hash(config) == hash(dataclasses.replace(config))
+
+
+def test_the_summary_is_json_and_names_method_and_count(name):
+    summary = json.loads(json.dumps(built(name).summary()))
+    assert summary["method"] == CONFIGS[name].method
+    assert summary["trained_parameters"] == built(name).count_trained()
+
+
+def test_factors_and_their_use_run_under_strict_promotion(name, layers):
+    adapter = random_one(name, layers)
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        every, one = adapter.factors(), adapter.factors(0)
+        weight = jnp.ones((MODEL_LAYERS if layers else 3, 8, 8), jnp.bfloat16)
+        assert every["q_proj"].merge(weight).dtype == jnp.bfloat16
+        assert one["q_proj"].apply(jnp.ones((2, 8), jnp.bfloat16)).dtype == jnp.bfloat16
+    assert_same(every, adapter.factors())
+
+
+@pytest.mark.skipif(INSIDE in os.environ, reason="this is the run that the test starts")
+def test_the_contract_holds_without_the_graph_mode_of_nnx():
+    environment = os.environ | TREE_MODE | {INSIDE: "1", "PYTEST_ADDOPTS": ""}
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+        env=environment,
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "1 skipped" in result.stdout
+
+
+def test_the_mode_of_nnx_is_the_one_asked_for():
+    from flax import config
+
+    inside = INSIDE in os.environ
+    assert bool(config.flax_nnx_graph_mode if hasattr(config, "flax_nnx_graph_mode") else inside) is not None

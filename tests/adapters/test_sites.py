@@ -1,0 +1,136 @@
+import pytest
+
+from mos_jax.adapters.sites import ALL_LINEAR, SITE_TYPES, SiteShape, check_sites, select_sites
+from mos_jax.errors import InputError
+
+SITES = {name: SiteShape(4, 8, 16) for name in SITE_TYPES}
+
+
+def test_the_site_types_are_the_seven_linear_layers_of_a_block():
+    assert SITE_TYPES == (
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
+    )  # fmt: skip
+
+
+def test_all_linear_selects_everything_in_order():
+    assert select_sites(SITES) == SITES
+    assert list(select_sites(SITES, ALL_LINEAR)) == list(SITE_TYPES)
+
+
+@pytest.mark.parametrize(
+    ("include", "selected"),
+    [
+        ("q_proj", ["q_proj"]),
+        (["v_proj", "q_proj"], ["q_proj", "v_proj"]),
+        ("[qv]_proj", ["q_proj", "v_proj"]),
+        (("q_proj", ".*up.*|gate.*"), ["q_proj", "gate_proj", "up_proj"]),
+        (r"\w_proj", ["q_proj", "k_proj", "v_proj", "o_proj"]),
+        (["q_proj", "[qk]_proj"], ["q_proj", "k_proj"]),
+    ],
+)
+def test_names_and_expressions_select_in_the_order_of_the_sites(include, selected):
+    assert list(select_sites(SITES, include)) == selected
+
+
+def test_exclude_takes_names_and_expressions_away():
+    assert list(select_sites(SITES, exclude="down_proj")) == list(SITE_TYPES[:-1])
+    assert list(select_sites(SITES, "[qkv]_proj", exclude=["k.*"])) == ["q_proj", "v_proj"]
+
+
+@pytest.mark.parametrize("argument", ["include", "exclude"])
+@pytest.mark.parametrize("pattern", ["qproj", "proj", "q_pro", "q_proj_", "Q_PROJ"])
+def test_a_pattern_that_matches_no_whole_name_raises_with_the_candidates(argument, pattern):
+    with pytest.raises(InputError, match=f"{argument}.*'{pattern}' matches no") as error:
+        select_sites(SITES, **{argument: pattern})
+    assert all(name in str(error.value) for name in SITE_TYPES)
+
+
+def test_a_misspelled_name_gets_the_nearest_one():
+    with pytest.raises(InputError, match="did you mean 'gate_proj'"):
+        select_sites(SITES, ["q_proj", "gateproj"])
+
+
+def test_one_dead_pattern_among_live_ones_raises():
+    with pytest.raises(InputError, match="'fc1'"):
+        select_sites(SITES, ["q_proj", "fc1"])
+
+
+@pytest.mark.parametrize("argument", ["include", "exclude"])
+def test_a_malformed_expression_raises(argument):
+    with pytest.raises(InputError, match=rf"{argument}: '\[qv' is not a regular expression"):
+        select_sites(SITES, **{argument: "[qv"})
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude"), [((), ()), ("q_proj", "q_proj"), ("[qk]_proj", [".*_proj"])]
+)
+def test_an_empty_selection_raises(include, exclude):
+    with pytest.raises(InputError, match="no sites left"):
+        select_sites(SITES, include, exclude)
+
+
+@pytest.mark.parametrize(
+    ("layers", "chosen"),
+    [([0], (0,)), ([2, 0], (0, 2)), ([-1], (3,)), ([-4, 3], (0, 3)), (range(4), (0, 1, 2, 3))],
+)
+def test_layers_are_counted_sorted_and_wrapped_from_the_end(layers, chosen):
+    selected = select_sites(SITES, "q_proj", layers=layers)
+    assert selected == {"q_proj": SiteShape(len(chosen), 8, 16, chosen)}
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ([4], "block 4 does not exist for 'q_proj'.* 0 to 3"),
+        ([-5], "block -5 does not exist"),
+        ([1, 1], "block 1 is given twice"),
+        ([3, -1], "block 3 is given twice"),
+        ([], "empty"),
+        ([True], "True is not a block index"),
+        ([1.0], "1.0 is not a block index"),
+        (["1"], "'1' is not a block index"),
+    ],
+)
+def test_layers_that_cannot_be_used_raise(layers, message):
+    with pytest.raises(InputError, match=message):
+        select_sites(SITES, "q_proj", layers=layers)
+
+
+def test_selecting_layers_again_selects_among_the_selected():
+    once = select_sites(SITES, "q_proj", layers=[1, 3])
+    assert select_sites(once, layers=[3]) == {"q_proj": SiteShape(1, 8, 16, (3,))}
+    assert select_sites(once, layers=[-1]) == {"q_proj": SiteShape(1, 8, 16, (3,))}
+    with pytest.raises(InputError, match="block 2 does not exist"):
+        select_sites(once, layers=[2])
+
+
+def test_sites_written_by_hand_are_checked_and_copied():
+    sites = {"anything": SiteShape(2, 3, 5, (0, 7))}
+    checked = check_sites(sites)
+    assert checked == sites
+    assert checked is not sites
+
+
+@pytest.mark.parametrize(
+    ("site", "message"),
+    [
+        (SiteShape(0, 8, 8), "num_layers must be a positive integer, got 0"),
+        (SiteShape(2, -8, 8), "d_in must be a positive integer, got -8"),
+        (SiteShape(2, 8, 8.0), "d_out must be a positive integer, got 8.0"),
+        (SiteShape(True, 8, 8), "num_layers must be a positive integer, got True"),
+        (SiteShape(2, 8, None), "d_out must be a positive integer, got None"),
+        (SiteShape(2, 8, 8, (0,)), r"num_layers=2 distinct.* got \(0,\)"),
+        (SiteShape(2, 8, 8, (1, 1)), r"distinct.* got \(1, 1\)"),
+        (SiteShape(2, 8, 8, (2, 0)), r"ascending order, got \(2, 0\)"),
+        (SiteShape(2, 8, 8, (-1, 0)), r"got \(-1, 0\)"),
+    ],
+)
+def test_a_site_with_a_wrong_number_raises_with_its_name(site, message):
+    with pytest.raises(InputError, match=f"'q_proj'.*{message}"):
+        check_sites({"k_proj": SiteShape(2, 8, 8), "q_proj": site})
+
+
+@pytest.mark.parametrize("function", [check_sites, select_sites])
+def test_no_sites_raise(function):
+    with pytest.raises(InputError, match="no sites"):
+        function({})

@@ -1,0 +1,180 @@
+"""Writes weights as the files the readers read, from the formats' own definitions."""
+
+import json
+from pathlib import Path
+
+import gguf
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save_file
+
+from mos_jax.models import gguf as gguf_reader
+from mos_jax.models import huggingface
+from mos_jax.models.config import DecoderConfig
+from mos_jax.models.tokenizer import CHATML
+
+_SAFETENSORS_TYPES = {
+    "float32": np.float32,
+    "float16": np.float16,
+    "bfloat16": ml_dtypes.bfloat16,
+}
+
+
+def in_file_order(config: DecoderConfig, weights: dict, names: dict[str, str]) -> dict:
+    """Returns the tensors of a file, [d_out, d_in] and one per layer, by their names there."""
+    tensors = {}
+    for target, array in weights.items():
+        array = np.asarray(array, np.float32)
+        if not target.startswith("blocks/"):
+            tensors[names[target]] = np.ascontiguousarray(array.T if target == "head" else array)
+            continue
+        for layer in range(config.num_layers):
+            tensors[names[target].format(layer)] = np.ascontiguousarray(array[layer].T)
+    return tensors
+
+
+def huggingface_config(config: DecoderConfig) -> dict:
+    """Returns a config.json as transformers 4 writes it."""
+    scaling = config.rope_scaling
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "attention_bias": False,
+        "hidden_act": "silu",
+        "mlp_bias": False,
+        "num_hidden_layers": config.num_layers,
+        "hidden_size": config.d_model,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.d_ff,
+        "vocab_size": config.vocab_size,
+        "rope_theta": config.rope_base,
+        "rope_scaling": scaling
+        and {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_max_positions,
+        },
+        "rms_norm_eps": config.rms_eps,
+        "tie_word_embeddings": config.tied_embeddings,
+        "max_position_embeddings": config.max_positions,
+    }
+
+
+def write_folder(
+    folder: Path,
+    config: DecoderConfig,
+    weights: dict,
+    dtype: str = "float32",
+    shards: int = 1,
+    extra: dict | None = None,
+) -> Path:
+    """Writes a Hugging Face folder; tensors go round the shards; `extra` adds or replaces some."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(huggingface_config(config)))
+    tensors = in_file_order(config, weights, huggingface.NAMES) | (extra or {})
+    tensors = {k: v.astype(_SAFETENSORS_TYPES[dtype]) for k, v in tensors.items()}
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors")
+        return folder
+    files = [f"model-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]
+    weight_map = {name: files[i % shards] for i, name in enumerate(tensors)}
+    for file in files:
+        save_file({k: v for k, v in tensors.items() if weight_map[k] == file}, folder / file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def _interleave(rows: np.ndarray, num_heads: int) -> np.ndarray:
+    """Row i of a head's first half goes to 2i, row i of its second half to 2i + 1."""
+    out = np.empty_like(rows)
+    width = rows.shape[0] // num_heads
+    for head in range(num_heads):
+        for i in range(width // 2):
+            out[head * width + 2 * i] = rows[head * width + i]
+            out[head * width + 2 * i + 1] = rows[head * width + width // 2 + i]
+    return out
+
+
+def write_gguf(
+    path: Path,
+    config: DecoderConfig,
+    weights: dict,
+    kind: str = "F32",
+    fields: dict | None = None,
+    drop: tuple[str, ...] = (),
+    extra: dict | None = None,
+    vocabulary: bool = False,
+    pre: str = "smollm",
+) -> Path:
+    """Writes a GGUF file with its matrices in type `kind`; norms are F32.
+
+    `fields` adds metadata (int, float, bool, str), `extra` adds or replaces tensors, `drop` leaves
+    tensors or metadata out, and `vocabulary` writes a tokenizer of 259 tokens and one merge.
+    """
+    writer = gguf.GGUFWriter(path, "llama")
+    numbers: dict = {
+        "llama.block_count": config.num_layers,
+        "llama.context_length": config.max_positions,
+        "llama.embedding_length": config.d_model,
+        "llama.feed_forward_length": config.d_ff,
+        "llama.attention.head_count": config.num_heads,
+        "llama.attention.head_count_kv": config.num_kv_heads,
+        "llama.attention.key_length": config.head_dim,
+        "llama.attention.value_length": config.head_dim,
+        "llama.rope.freq_base": float(config.rope_base),
+        "llama.attention.layer_norm_rms_epsilon": config.rms_eps,
+        "llama.vocab_size": config.vocab_size,
+        "llama.rope.dimension_count": config.head_dim,
+        "general.name": config.name,
+    }
+    for key, value in (numbers | (fields or {})).items():
+        if key in drop:
+            continue
+        if isinstance(value, bool):
+            writer.add_bool(key, value)
+        elif isinstance(value, int):
+            writer.add_uint32(key, value)
+        elif isinstance(value, float):
+            writer.add_float32(key, value)
+        else:
+            writer.add_string(key, value)
+    if vocabulary:
+        specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+        tokens = specials + byte_alphabet() + ["hi"]
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(pre)
+        writer.add_token_list(tokens)
+        writer.add_token_types([3] * 3 + [1] * 257)
+        writer.add_token_merges(["h i"])
+        writer.add_bos_token_id(1)
+        writer.add_eos_token_id(2)
+        writer.add_chat_template(CHATML)
+    tensors = in_file_order(config, weights, gguf_reader.NAMES) | (extra or {})
+    for name, array in tensors.items():
+        if name in drop:
+            continue
+        if name.endswith("attn_q.weight"):
+            array = _interleave(array, config.num_heads)
+        elif name.endswith("attn_k.weight"):
+            array = _interleave(array, config.num_kv_heads)
+        stored = (
+            gguf.GGMLQuantizationType.F32 if array.ndim == 1 else gguf.GGMLQuantizationType[kind]
+        )
+        writer.add_tensor(name, gguf.quantize(array, stored), raw_dtype=stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def byte_alphabet() -> list[str]:
+    """Returns the 256 characters of a byte-level vocabulary, sorted by code point."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    return sorted(ByteLevel.alphabet())

@@ -1,0 +1,194 @@
+import dataclasses
+
+import pytest
+
+from mos_jax.errors import InputError
+from mos_jax.models.config import (
+    KNOWN_CONFIGS,
+    SITES,
+    DecoderConfig,
+    RopeScaling,
+    config_from_gguf,
+    config_from_huggingface,
+    known_config,
+)
+from mos_jax.models.tiny import tiny_config
+from tests.models.fixtures_models import huggingface_config
+
+
+def fields(**changes):
+    return dataclasses.asdict(tiny_config()) | {"rope_scaling": None} | changes
+
+
+@pytest.mark.parametrize(
+    ("name", "per_rank", "parameters"),
+    [
+        ("llama2-7b", 2_498_560, 6_738_415_616),
+        ("llama2-13b", 3_911_680, 13_015_864_320),
+        ("llama2-70b", 12_943_360, 68_976_648_192),
+        ("llama3-8b", 2_621_440, 8_030_261_248),
+        ("llama3.2-3b", 1_519_616, 3_212_749_824),
+        ("llama3.2-1b", 704_512, 1_235_814_400),
+        ("smollm2-135m", 305_280, 134_515_008),
+    ],
+)
+def test_known_configs_have_the_published_sizes(name, per_rank, parameters):
+    config = known_config(name)
+    shapes = config.site_shapes()
+    assert tuple(shapes) == SITES
+    assert sum(layers * (d_in + d_out) for layers, d_in, d_out in shapes.values()) == per_rank
+    assert config.num_parameters == parameters
+    assert DecoderConfig.create(**vars(config)) == config
+
+
+def test_unknown_name_suggests_the_nearest():
+    with pytest.raises(InputError, match=r"did you mean 'llama2-7b'"):
+        known_config("llama2-7B")
+
+
+def test_weight_shapes_of_an_untied_model():
+    config = DecoderConfig.create(**fields(tied_embeddings=False, head_dim=8))
+    shapes = config.weight_shapes()
+    assert shapes["head"] == (64, 320)
+    assert shapes["blocks/q_proj"] == (2, 64, 32)
+    assert shapes["blocks/o_proj"] == (2, 32, 64)
+    assert shapes["blocks/down_proj"] == (2, 128, 64)
+    assert "head" not in tiny_config().weight_shapes()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_layers": 0}, "num_layers = 0"),
+        ({"d_model": 64.0}, "d_model = 64.0"),
+        ({"vocab_size": True}, "vocab_size = True"),
+        ({"head_dim": 15}, "head_dim = 15 must be even"),
+        ({"num_kv_heads": 3}, "num_kv_heads = 3"),
+        ({"rope_base": float("inf")}, "rope_base = inf"),
+        ({"rms_eps": 0.0}, "rms_eps = 0.0"),
+        ({"rms_eps": "1e-5"}, "rms_eps = '1e-5'"),
+        ({"tied_embeddings": 1}, "tied_embeddings = 1"),
+        ({"rope_scaling": {"factor": 8}}, "must be a RopeScaling"),
+        ({"rope_scaling": RopeScaling(8.0, 4.0, 4.0, 8192)}, "must be less than"),
+        ({"rope_scaling": RopeScaling(-1.0, 1.0, 4.0, 8192)}, "rope_scaling.factor = -1.0"),
+        ({"d_mode": 3}, "did you mean 'd_model'"),
+    ],
+)
+def test_create_refuses(change, message):
+    with pytest.raises(InputError, match=message.replace(".", r"\.")):
+        DecoderConfig.create(**fields(**change))
+
+
+def test_create_names_a_missing_field():
+    given = fields()
+    del given["d_ff"]
+    with pytest.raises(InputError, match="'d_ff' is missing"):
+        DecoderConfig.create(**given)
+
+
+@pytest.mark.parametrize("name", list(KNOWN_CONFIGS))
+def test_huggingface_round_trip(name):
+    config = KNOWN_CONFIGS[name]
+    assert config_from_huggingface(huggingface_config(config), name) == config
+
+
+def test_huggingface_rope_parameters_of_transformers_5():
+    config = known_config("llama3.2-1b")
+    raw = huggingface_config(config)
+    raw["rope_parameters"] = raw.pop("rope_scaling") | {"rope_theta": raw.pop("rope_theta")}
+    assert config_from_huggingface(raw, config.name) == config
+    raw["rope_parameters"] = {"rope_theta": 7.0, "rope_type": "default"}
+    plain = config_from_huggingface(raw)
+    assert (plain.rope_base, plain.rope_scaling) == (7.0, None)
+
+
+def test_huggingface_defaults_of_absent_fields():
+    raw = huggingface_config(tiny_config())
+    for key in ("num_key_value_heads", "head_dim", "rope_theta", "rope_scaling", "rms_norm_eps"):
+        del raw[key]
+    del raw["tie_word_embeddings"], raw["max_position_embeddings"], raw["architectures"]
+    config = config_from_huggingface(raw)
+    assert (config.name, config.num_kv_heads, config.head_dim) == ("llama", 4, 16)
+    assert (config.rope_base, config.rms_eps) == (10000.0, 1e-6)
+    assert (config.tied_embeddings, config.max_positions) == (False, 2048)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "qwen2"}, "model_type = 'qwen2'"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
+        ({"attention_bias": True}, "attention_bias = True"),
+        ({"mlp_bias": True}, "mlp_bias = True"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ({"pretraining_tp": 2}, "pretraining_tp = 2"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type 'linear'"),
+        ({"rope_scaling": {"rope_type": ["yarn"]}}, "rope type"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor is missing"),
+        ({"rope_scaling": {"type": "default", "mscale": 1.0}}, "'mscale'"),
+        ({"rope_scaling": "llama3"}, "rope_scaling = 'llama3'"),
+        ({"rope_parameters": {"rope_theta": 2.0}}, "rope_theta = 10000.0 disagrees"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"rope_theta": "big"}, "rope_theta = 'big'"),
+        ({"num_hidden_layers": "2"}, "num_hidden_layers = '2'"),
+        ({"hidden_size": None}, "hidden_size is missing"),
+        ({"head_dim": None, "num_attention_heads": 5}, "multiple of 5"),
+    ],
+)
+def test_huggingface_refuses_by_name(change, message):
+    with pytest.raises(InputError, match=message):
+        config_from_huggingface(huggingface_config(tiny_config()) | change)
+
+
+def gguf_fields(**changes):
+    keys = {
+        "block_count": 2,
+        "context_length": 512,
+        "embedding_length": 64,
+        "feed_forward_length": 128,
+        "attention.head_count": 4,
+        "attention.head_count_kv": 2,
+        "attention.layer_norm_rms_epsilon": 9.999999747378752e-06,
+        "rope.freq_base": 10000.0,
+    }
+    result = {f"llama.{key}": value for key, value in (keys | changes).items()}
+    result |= {"general.architecture": "llama", "tokenizer.ggml.tokens": ["x"] * 320}
+    return {key: value for key, value in result.items() if value is not None}
+
+
+def test_gguf_config():
+    config = config_from_gguf(
+        gguf_fields() | {"general.name": "tiny-random"}, ["token_embd.weight"]
+    )
+    assert config == dataclasses.replace(tiny_config(), name="tiny-random")
+    untied = config_from_gguf(gguf_fields(**{"attention.head_count_kv": None}), ["output.weight"])
+    assert (untied.tied_embeddings, untied.num_kv_heads, untied.name) == (False, 4, "llama")
+    scaled = {"rope.scaling.type": "none", "rope.scaling.factor": 2.0}
+    assert config_from_gguf(gguf_fields(**scaled), []).rope_scaling is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rope.scaling.type": "linear"}, "llama.rope.scaling.type = 'linear'"),
+        ({"rope.scaling.factor": 4.0}, "llama.rope.scaling.factor"),
+        ({"expert_count": 8}, "llama.expert_count = 8"),
+        ({"rope.dimension_count": 8}, "rope.dimension_count = 8"),
+        ({"attention.value_length": 32}, "attention.value_length = 32"),
+        ({"attention.head_count": [4, 4]}, "attention.head_count"),
+        ({"block_count": None}, "block_count is missing"),
+        ({"attention.layer_norm_rms_epsilon": None}, "rms_epsilon is missing"),
+        ({"rope.freq_base": 1e300}, "rope_base = inf"),
+    ],
+)
+def test_gguf_refuses_by_name(change, message):
+    with pytest.raises(InputError, match=message):
+        config_from_gguf(gguf_fields(**change), [])
+
+
+def test_gguf_refuses_other_architectures_and_scaled_frequencies():
+    with pytest.raises(InputError, match=r"general\.architecture = 'qwen2'"):
+        config_from_gguf(gguf_fields() | {"general.architecture": "qwen2"}, [])
+    with pytest.raises(InputError, match=r"rope_freqs\.weight"):
+        config_from_gguf(gguf_fields(), ["rope_freqs.weight"])
