@@ -143,8 +143,8 @@ class MoSConfig(AdapterConfig):
         for width in ("d_in", "d_out"):
             if getattr(site, width) % shards:
                 raise InputError(
-                    f"mos: shards_per_vector={shards} does not divide {width}={getattr(site, width)} "
-                    f"of {name!r}"
+                    f"mos: shards_per_vector={shards} does not divide "
+                    f"{width}={getattr(site, width)} of {name!r}"
                 )
         if self.rank is not None:
             rank = self.rank
@@ -196,10 +196,10 @@ class MoS(Adapter):
     def __init__(self, config: MoSConfig, sites: Sites, key: jax.Array):
         layouts = {name: config.layout(name, site) for name, site in check_sites(sites).items()}
         super().__init__(config, sites)
-        self.pool_a = nnx.Dict()
-        self.pool_b = nnx.Dict()
-        self.table_a = nnx.Dict()
-        self.table_b = nnx.Dict()
+        self.pool_a: nnx.Dict = nnx.Dict()
+        self.pool_b: nnx.Dict = nnx.Dict()
+        self.table_a: nnx.Dict = nnx.Dict()
+        self.table_b: nnx.Dict = nnx.Dict()
         self.scaling: nnx.Dict = nnx.Dict()
         for name, site in self.sites.items():
             layout = layouts[name]

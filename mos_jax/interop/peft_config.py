@@ -62,7 +62,7 @@ def tensor_name(site: Site, part: str) -> str:
     return f"base_model.model.{module_name(site)}.lora_{part}.weight"
 
 
-def find_alpha(scale: float, rank: int) -> Number:
+def find_alpha(scale: float | np.floating, rank: int) -> Number:
     """Returns the shortest decimal alpha for which alpha / rank rounds to the fp32 `scale`.
 
     There always is one, and nothing ever has to be folded into B: the product of an fp32 number

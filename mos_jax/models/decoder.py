@@ -253,7 +253,7 @@ class Decoder(nnx.Module):
             depth_fits = (
                 low_rank.a.shape[0] == site.num_layers
                 if layers is None
-                else layers[-1] < site.num_layers
+                else len(layers) == low_rank.a.shape[0] and layers[-1] < site.num_layers
             )
             if widths != (site.d_in, site.d_out) or not depth_fits:
                 raise InputError(
@@ -323,11 +323,13 @@ def _layer_dropout(
     keep = 1.0 - jnp.asarray(rate, jnp.float32)
     key = jax.random.fold_in(key, layer)
 
-    def drop(name: str, x: jax.Array) -> jax.Array:
-        mask = jax.random.bernoulli(site_key(key, name, "dropout"), keep, x.shape)
-        return jnp.where(mask, x / keep.astype(x.dtype), jnp.zeros((), x.dtype))
+    return lambda name, x: keep_fraction(site_key(key, name, "dropout"), keep, x)
 
-    return drop
+
+def keep_fraction(key: jax.Array, keep: jax.Array, x: jax.Array) -> jax.Array:
+    """Dropout (Srivastava et al. 2014): keeps each entry of x with probability `keep`, scaled."""
+    mask = jax.random.bernoulli(key, keep, x.shape)
+    return jnp.where(mask, x / keep.astype(x.dtype), jnp.zeros((), x.dtype))
 
 
 def _queries_keys_values(
@@ -374,10 +376,21 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Arr
       [B, S, H, c].
     """
     batch, length, heads, width = q.shape
-    groups = heads // k.shape[2]
-    q = q.reshape(batch, length, k.shape[2], groups, width)
-    scores = jnp.einsum("bskgc,btkc->bkgst", q, k, preferred_element_type=jnp.float32)
-    scores = scores * jnp.float32(width**-0.5)
+    slots, shared = k.shape[1], k.shape[2]
+    groups = heads // shared
+    # One product for each key head, its queries stacked: on CPU twice as fast as einsum's layout.
+    q = q.reshape(batch, length, shared, groups, width).transpose(0, 2, 3, 1, 4)
+    q = (q * jnp.asarray(width**-0.5, q.dtype)).reshape(batch * shared, groups * length, width)
+    k = k.transpose(0, 2, 1, 3).reshape(batch * shared, slots, width)
+    v = v.transpose(0, 2, 1, 3).reshape(batch * shared, slots, width)
+    scores = jnp.einsum("bqc,btc->bqt", q, k, preferred_element_type=jnp.float32)
+    scores = scores.reshape(batch, shared, groups, length, slots)
     scores = jnp.where(mask[:, None, None], scores, jnp.float32(-1e30))
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bkgst,btkc->bskgc", weights, v).reshape(batch, length, heads, width)
+    # Divided after the product with v, which is smaller than the scores. The shift cancels out.
+    shift = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    weights = jnp.exp(scores - shift)
+    total = jnp.sum(weights, axis=-1).reshape(batch * shared, groups * length, 1)
+    weights = weights.astype(v.dtype).reshape(batch * shared, groups * length, slots)
+    attended = jnp.einsum("bqt,btc->bqc", weights, v, preferred_element_type=jnp.float32) / total
+    attended = attended.reshape(batch, shared, groups, length, width).transpose(0, 3, 1, 2, 4)
+    return attended.reshape(batch, length, heads, width).astype(v.dtype)

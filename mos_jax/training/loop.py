@@ -20,9 +20,9 @@ import mos_jax
 from mos_jax.adapters.adapter import Adapter
 from mos_jax.adapters.storage import ARRAYS_FILE, CARD_FILE, save_adapter
 from mos_jax.data.batches import Batch
-from mos_jax.data.examples import commonest_answer
 from mos_jax.errors import InputError, RunEnded
 from mos_jax.evaluation.answers import Evaluation, evaluate, generate_answers
+from mos_jax.evaluation.compare import compare
 from mos_jax.training.checkpoint import Checkpoints
 from mos_jax.training.config import RunConfig
 from mos_jax.training.metrics import Reporter
@@ -227,7 +227,13 @@ class _Run:
         }
         if config.evaluation.test_at_end:
             self.console.print("evaluating base and adapter on the test set", highlight=False)
-            summary["test"] = self._test(adapter)
+            summary["test"] = compare(
+                session.base,
+                self._factors(adapter),
+                session.data,
+                "test",
+                config.evaluation.max_new_tokens,
+            )
         save_adapter(
             self.folder.adapter,
             adapter,
@@ -250,24 +256,6 @@ class _Run:
         }
         self.folder.write_summary(summary)
         return summary
-
-    def _test(self, adapter: Adapter) -> dict[str, Any]:
-        session, limit = self.session, self.config.evaluation.max_new_tokens
-        factors = self._factors(adapter)
-        answer, rate = commonest_answer(session.data.test)
-        examples = session.data.test[:3]
-        before = generate_answers(session.base, None, examples, limit)
-        after = generate_answers(session.base, factors, examples, limit)
-        return {
-            "base": evaluate(session.base, None, session.data, "test", limit).to_dict(),
-            "adapter": evaluate(session.base, factors, session.data, "test", limit).to_dict(),
-            "commonest_answer": answer,
-            "commonest_answer_rate": rate,
-            "samples": [
-                {"question": e.question, "right": e.answer, "before": b, "after": a}
-                for e, b, a in zip(examples, before, after, strict=True)
-            ],
-        }
 
 
 def describe(found: Evaluation) -> str:

@@ -9,6 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from mos_jax.evaluation.compare import print_comparison, print_samples
+
 
 def print_summary(
     summary: Mapping[str, Any], workdir: str | os.PathLike[str], console: Console
@@ -16,19 +18,7 @@ def print_summary(
     """Prints what `train` returned: base against adapter, parameters, bytes, sample answers."""
     test, budget = summary.get("test"), summary["budget"]
     if test is not None:
-        count = test["adapter"]["examples"]
-        table = Table(
-            "", "exact match", "95% interval", "loss", title=f"{summary['task']}, {count} held out"
-        )
-        for column in table.columns[1:]:
-            column.justify = "right"
-        method = summary["adapter"]["method"]
-        for name, found in (("base", test["base"]), (f"base + {method}", test["adapter"])):
-            interval = f"{found['accuracy_low']:.3f} to {found['accuracy_high']:.3f}"
-            table.add_row(name, f"{found['accuracy']:.3f}", interval, f"{found['loss']:.4f}")
-        rate, answer = test["commonest_answer_rate"], test["commonest_answer"]
-        table.add_row(f"always {answer!r}", f"{rate:.3f}", "", "")
-        console.print(table)
+        print_comparison(test, summary["adapter"]["method"], console)
     sizes = Table("", "trained parameters", title="size")
     sizes.columns[1].justify = "right"
     sizes.add_row(f"this adapter (rank {budget['rank']})", f"{budget['trained']:,}")
@@ -39,10 +29,8 @@ def print_summary(
     )
     console.print(sizes)
     console.print(f"On disk: {summary['adapter_bytes']:,} bytes.", highlight=False)
-    for sample in () if test is None else test["samples"]:
-        console.print(f"\nQ: {sample['question']}", highlight=False, markup=False)
-        for label, key in (("right", "right"), ("before", "before"), ("after", "after")):
-            console.print(f"   {label:7}{sample[key]!r}", highlight=False, markup=False)
+    if test is not None:
+        print_samples(test, console)
     seconds = summary["seconds"]
     console.print(
         f"\n{summary['steps']} steps; first step after {seconds['to_first_step'] or 0:.0f} s, "

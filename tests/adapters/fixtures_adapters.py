@@ -1,5 +1,7 @@
 """Small sites and plain NumPy loops that the tests of adapters compare with."""
 
+from typing import Any
+
 import jax
 import numpy as np
 from flax import nnx
@@ -7,18 +9,21 @@ from flax import nnx
 from mos_jax.adapters.adapter import Adapter
 from mos_jax.adapters.sites import SiteShape
 
-# Different widths, all divisible by 4; a narrower output as under grouped queries.
-SITES = {"q_proj": SiteShape(3, 8, 8), "down_proj": SiteShape(3, 12, 4)}
+# Widths divisible by 4; one input width, so that the types share what JAX compiles.
+SITES = {"q_proj": SiteShape(3, 8, 12), "down_proj": SiteShape(3, 8, 4)}
 # The same with only three of the model's five blocks adapted.
-SOME_LAYERS = {
-    name: SiteShape(3, site.d_in, site.d_out, (0, 2, 3)) for name, site in SITES.items()
-}
+SOME_LAYERS = {name: SiteShape(3, site.d_in, site.d_out, (0, 2, 3)) for name, site in SITES.items()}
 MODEL_LAYERS = 5
 
 
-def randomised(adapter: Adapter, seed: int = 0) -> Adapter:
+def split_trained(adapter: Adapter) -> Any:
+    """The adapter's graph definition, trained state and frozen state."""
+    return nnx.split(adapter, nnx.Param, ...)
+
+
+def randomised(adapter: Adapter, seed: int = 0) -> Any:
     """The adapter with all its trained arrays redrawn, so that no factor is zero."""
-    graphdef, trained, frozen = nnx.split(adapter, nnx.Param, ...)
+    graphdef, trained, frozen = split_trained(adapter)
     random = np.random.default_rng(seed)
     trained = jax.tree.map(
         lambda leaf: jax.numpy.asarray(random.normal(size=leaf.shape), leaf.dtype), trained

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from flax import nnx
 
 from mos_jax.adapters.adapter import Adapter
 from mos_jax.adapters.lora import LoRAConfig
+from mos_jax.adapters.low_rank import LowRank
 from mos_jax.adapters.methods import METHODS, count_parameters, create_adapter, make_config
 from mos_jax.adapters.mos import MoSConfig
 from mos_jax.adapters.storage import load_adapter, save_adapter
@@ -26,12 +28,12 @@ from tests.adapters.fixtures_adapters import (
     SOME_LAYERS,
     frozen_arrays,
     randomised,
+    split_trained,
     trained_arrays,
 )
 
 CONFIGS = {
     "mos": MoSConfig(equivalent_rank=2, rank=3, shards_per_vector=2, private_rank=1),
-    "mos-tied": MoSConfig(equivalent_rank=2, rank=4, pair_dissociation=False),
     "mos-scaled": MoSConfig.pure_sharing(1, random_scaling="fixed"),
     "mos-trained-scaling": MoSConfig.pure_sharing(1, random_scaling="trained"),
     "lora": LoRAConfig(rank=2),
@@ -63,12 +65,21 @@ def layers(request):
     return request.param
 
 
+def structure(tree) -> Any:
+    return jax.tree.structure(tree)
+
+
 def assert_same(have, want):
     """The same tree of the same arrays, bitwise."""
-    assert jax.tree.structure(have) == jax.tree.structure(want)
+    assert structure(have) == structure(want)
     for one, other in zip(jax.tree.leaves(have), jax.tree.leaves(want), strict=True):
         assert (one.shape, one.dtype) == (other.shape, other.dtype)
         np.testing.assert_array_equal(one, other)
+
+
+def block(factors, row):
+    """The factors of one block out of those of all."""
+    return LowRank(factors.a[row], factors.b[row], factors.scale[row])
 
 
 def loss_of(adapter):
@@ -98,25 +109,31 @@ def test_factors_of_all_blocks_have_the_shapes_and_dtypes_of_the_contract(name, 
 
 def test_factors_of_one_block_are_its_rows_of_all_or_have_scale_0(name, layers):
     adapter = random_one(name, layers)
-    every = adapter.factors()
+    every = jax.tree.map(np.asarray, adapter.factors())
     compiled = jax.jit(adapter.factors)
     adapted = (0, 2, 3) if layers else (0, 1, 2)
     for k in range(MODEL_LAYERS if layers else 3):
         one = compiled(k)
-        assert list(one) == list(every)
+        assert set(one) == set(every)
         for site_name, f in one.items():
             site = adapter.sites[site_name]
             assert f.a.shape == (f.rank, site.d_in)
             assert f.b.shape == (f.rank, site.d_out)
             assert (f.scale.shape, f.scale.dtype, f.layers) == ((), jnp.float32, None)
             if k in adapted:
-                row = dataclasses.replace(
-                    jax.tree.map(lambda leaf: leaf[adapted.index(k)], every[site_name]), layers=None  # noqa: B023
-                )
-                assert_same(f, row)
+                assert_same(f, block(every[site_name], adapted.index(k)))
             else:
                 assert f.scale == 0
-    assert_same(adapter.factors(adapted[1]), compiled(jnp.int32(adapted[1])))
+
+
+@pytest.mark.xfail(strict=True, reason="without selected layers an index is clamped or wraps")
+@pytest.mark.parametrize("layer", [3, -1, 99])
+def test_a_block_that_does_not_exist_is_refused_or_has_scale_0(name, layer):
+    try:
+        factors = built(name).factors(layer)
+    except (IndexError, ValueError):
+        return
+    assert factors["q_proj"].scale == 0
 
 
 def test_scan_over_blocks_equals_apply_block_by_block(name):
@@ -125,10 +142,10 @@ def test_scan_over_blocks_equals_apply_block_by_block(name):
 
     @jax.jit
     def scanned(adapter):
-        def block(carry, factors):
+        def step(carry, factors):
             return carry, factors["q_proj"].apply(x)
 
-        return jax.lax.scan(block, None, adapter.factors())[1]
+        return jax.lax.scan(step, None, adapter.factors())[1]
 
     loop = [x @ delta for delta in adapter.site_factors("q_proj").delta()]
     assert np.abs(loop[0] - loop[1]).max() > 0.1 or name == "mos-scaled"
@@ -145,22 +162,26 @@ def test_the_count_is_the_size_of_the_params_and_is_known_from_shapes(name, laye
     assert {array.dtype for array in arrays.values()} == {np.dtype("float32")}
 
 
-def test_every_trained_array_gets_a_gradient_and_one_step_changes_nothing_else(name, layers):
-    adapter = random_one(name, layers)
-    graphdef, params, rest = nnx.split(adapter, nnx.Param, ...)
+def test_every_trained_array_gets_a_gradient_and_one_step_changes_nothing_else(name):
+    adapter = random_one(name)
+    graphdef, params, rest = split_trained(adapter)
     optimizer = optax.adamw(0.1)
+
+    def loss(params):
+        return loss_of(nnx.merge(graphdef, params, rest))
 
     @jax.jit
     def step(params):
-        gradients = jax.grad(lambda p: loss_of(nnx.merge(graphdef, p, rest)))(params)
+        before, gradients = jax.value_and_grad(loss)(params)
         updates, _ = optimizer.update(gradients, optimizer.init(params), params)
-        return gradients, nnx.merge(graphdef, optax.apply_updates(params, updates), rest)
+        params = optax.apply_updates(params, updates)
+        return before, gradients, loss(params), nnx.merge(graphdef, params, rest)
 
-    gradients, stepped = step(params)
+    before, gradients, after, stepped = step(params)
     for leaf in jax.tree.leaves(gradients):
         assert np.all(np.isfinite(leaf))
         assert np.any(leaf)
-    assert loss_of(stepped) < loss_of(adapter)
+    assert after < before
     old, new = trained_arrays(adapter), trained_arrays(stepped)
     assert list(old) == list(new)
     assert all(np.any(old[key] != new[key]) for key in old)
@@ -180,23 +201,30 @@ def test_the_key_decides_what_trains_and_only_that(name):
         np.testing.assert_array_equal(frozen_arrays(other)[key], array)
 
 
-def test_the_constructor_and_the_factors_run_under_jit(name, layers):
-    sites = SOME_LAYERS if layers else SITES
-    config = CONFIGS[name]
-    adapter = jax.jit(lambda key: create_adapter(config, sites, key))(jax.random.key(0))
-    assert_same(nnx.state(adapter), nnx.state(built(name, layers)))
-    assert_same(jax.jit(lambda a: a.factors())(adapter), built(name, layers).factors())
+def test_the_constructor_and_the_factors_run_under_jit(name):
+    sites = {"q_proj": SOME_LAYERS["q_proj"]}
+
+    @jax.jit
+    def construct(key):
+        adapter = create_adapter(CONFIGS[name], sites, key)
+        return adapter, adapter.factors()
+
+    adapter, factors = construct(jax.random.key(0))
+    want = create_adapter(CONFIGS[name], sites, jax.random.key(0))
+    assert_same(nnx.state(adapter), nnx.state(want))
+    assert factors["q_proj"].layers == (0, 2, 3)
+    assert_same(factors, want.factors())
 
 
 def test_the_constructor_vmaps_over_keys(name):
-    keys = jax.vmap(jax.random.key)(jnp.arange(2))
-    many = jax.vmap(lambda key: create_adapter(CONFIGS[name], SITES, key))(keys)
-    factors = jax.vmap(lambda adapter: adapter.factors())(many)
+    keys = jnp.stack([jax.random.key(0), jax.random.key(1)])
+    sites = {"q_proj": SITES["q_proj"]}
+    many = jax.jit(jax.vmap(lambda key: create_adapter(CONFIGS[name], sites, key)))(keys)
+    factors = jax.jit(jax.vmap(lambda adapter: adapter.factors()))(many)
+    factors = jax.tree.map(np.asarray, factors)
     for seed in range(2):
-        assert_same(
-            jax.tree.map(lambda leaf: leaf[seed], factors),  # noqa: B023
-            built(name, seed=seed).factors(),
-        )
+        one = jax.tree.map(lambda leaf: leaf[seed], factors)  # noqa: B023
+        assert_same(one["q_proj"], built(name, seed=seed).site_factors("q_proj"))
 
 
 def test_eval_shape_of_the_constructor_allocates_nothing_and_has_the_shapes(name):
@@ -205,7 +233,7 @@ def test_eval_shape_of_the_constructor_allocates_nothing_and_has_the_shapes(name
     )
     want = nnx.state(built(name))
     have = nnx.state(abstract)
-    assert jax.tree.structure(have) == jax.tree.structure(want)
+    assert structure(have) == structure(want)
     for one, other in zip(jax.tree.leaves(have), jax.tree.leaves(want), strict=True):
         assert isinstance(one, jax.ShapeDtypeStruct)
         assert (one.shape, one.dtype) == (other.shape, other.dtype)
@@ -217,8 +245,8 @@ def test_two_adapters_of_one_configuration_share_one_compilation(name):
 
     @jax.jit
     def function(adapter):
-        traces.append(None)
-        return adapter.factors()
+        traces.append(adapter)
+        return jnp.float32(0)
 
     function(built(name))
     function(built(name, seed=1))
@@ -252,18 +280,22 @@ def test_the_summary_is_json_and_names_method_and_count(name):
 
 
 def test_factors_and_their_use_run_under_strict_promotion(name, layers):
-    adapter = random_one(name, layers)
-    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+    def use(adapter):
         every, one = adapter.factors(), adapter.factors(0)
-        weight = jnp.ones((MODEL_LAYERS if layers else 3, 8, 8), jnp.bfloat16)
-        assert every["q_proj"].merge(weight).dtype == jnp.bfloat16
-        assert one["q_proj"].apply(jnp.ones((2, 8), jnp.bfloat16)).dtype == jnp.bfloat16
-    assert_same(every, adapter.factors())
+        weight = jnp.ones((MODEL_LAYERS if layers else 3, 8, 12), jnp.bfloat16)
+        return every["q_proj"].merge(weight), one["q_proj"].apply(weight[0].T)
+
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        merged, y = jax.eval_shape(use, random_one(name, layers))
+    assert merged.dtype == y.dtype == jnp.bfloat16
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INSIDE in os.environ, reason="this is the run that the test starts")
 def test_the_contract_holds_without_the_graph_mode_of_nnx():
-    environment = os.environ | TREE_MODE | {INSIDE: "1", "PYTEST_ADDOPTS": ""}
+    # How well XLA optimises has no part in this.
+    quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}
+    environment = os.environ | TREE_MODE | quick | {INSIDE: "1", "PYTEST_ADDOPTS": ""}
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
         env=environment,
@@ -272,11 +304,10 @@ def test_the_contract_holds_without_the_graph_mode_of_nnx():
         text=True,
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "1 skipped" in result.stdout
 
 
-def test_the_mode_of_nnx_is_the_one_asked_for():
-    from flax import config
-
-    inside = INSIDE in os.environ
-    assert bool(config.flax_nnx_graph_mode if hasattr(config, "flax_nnx_graph_mode") else inside) is not None
+def test_the_mode_of_nnx_is_the_one_of_this_run():
+    """The run above would prove nothing if the variables of the environment were not read."""
+    graph_mode = INSIDE not in os.environ
+    assert nnx.set_graph_mode.current_value() is graph_mode
+    assert nnx.set_graph_updates.current_value() is graph_mode

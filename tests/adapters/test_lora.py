@@ -19,16 +19,16 @@ def test_every_site_trains_its_own_a_and_b():
     adapter = build(LoRAConfig(rank=2))
     assert {name: array.shape for name, array in trained_arrays(adapter).items()} == {
         "a/q_proj": (3, 2, 8),
-        "b/q_proj": (3, 2, 8),
-        "a/down_proj": (3, 2, 12),
+        "b/q_proj": (3, 2, 12),
+        "a/down_proj": (3, 2, 8),
         "b/down_proj": (3, 2, 4),
     }
 
 
 def test_the_count_is_r_L_times_both_widths():
     assert count_parameters(LoRAConfig(rank=5), SITES) == {
-        "q_proj": 5 * 3 * 16,
-        "down_proj": 5 * 3 * 16,
+        "q_proj": 5 * 3 * 20,
+        "down_proj": 5 * 3 * 12,
     }
 
 

@@ -1,6 +1,8 @@
+import contextlib
 import dataclasses
 import functools
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,13 +27,14 @@ from tests.adapters.fixtures_adapters import (
     assembled_by_hand,
     frozen_arrays,
     randomised,
+    split_trained,
     trained_arrays,
 )
 
 CONFIG = MoSConfig(equivalent_rank=3, rank=5, shards_per_vector=2, private_rank=1)
 
 
-def build(config=CONFIG, sites=SITES, seed=0):
+def build(config=CONFIG, sites=SITES, seed=0) -> Any:
     return create_adapter(config, sites, jax.random.key(seed))
 
 
@@ -66,8 +69,7 @@ class TestCounts:
         sites, e = model_sites(name), config.equivalent_rank
         counts = count_parameters(config, sites)
         assert counts == {
-            site: e * shape.num_layers * (shape.d_in + shape.d_out)
-            for site, shape in sites.items()
+            site: e * shape.num_layers * (shape.d_in + shape.d_out) for site, shape in sites.items()
         }
         assert sum(counts.values()) == e * MODELS[name]
         assert counts == count_parameters(LoRAConfig(rank=e), sites)
@@ -113,13 +115,19 @@ class TestCounts:
 
 class TestInit:
     def test_step_0_is_the_base(self):
+        x = jnp.asarray(np.random.default_rng(0).normal(0, 100, (4, 8)), jnp.float32)
+
+        @jax.jit
+        def changes(adapter):
+            factors = adapter.factors().values()
+            outputs = [jax.vmap(LowRank.apply, in_axes=(0, None))(f, x) for f in factors]
+            return outputs, [f.b for f in factors], [f.delta() for f in factors]
+
         for config in (CONFIG, MoSConfig(2, 2, 1, 2), MoSConfig.pure_sharing(2)):
-            for factors in build(config).factors().values():
-                assert not np.any(factors.b)
-                assert not np.any(factors.delta())
-                x = 100 * jax.random.normal(jax.random.key(1), (4, factors.a.shape[-1]))
-                one = jax.tree.map(lambda leaf: leaf[0], factors)
-                assert not np.any(one.apply(x))
+            adapter = build(config)
+            assert all(np.any(pool[...]) for pool in adapter.pool_a.values())
+            for change in jax.tree.leaves(changes(adapter)):
+                assert not np.any(change)
 
     def test_a_shards_are_uniform_within_the_bound_of_the_full_width(self):
         wide = {"q_proj": SiteShape(8, 1024, 8)}
@@ -177,8 +185,8 @@ each_config = pytest.mark.parametrize("config", ASSEMBLED.values(), ids=ASSEMBLE
 
 class TestAssembly:
     def by_hand(self, adapter, config, name, num_layers=3):
-        e, p, l = config.equivalent_rank, config.private_rank, config.shards_per_vector
-        num_public = (e - p) * num_layers * l
+        e, p = config.equivalent_rank, config.private_rank
+        num_public = (e - p) * num_layers * config.shards_per_vector
         return tuple(
             assembled_by_hand(
                 np.asarray(pool[name][...]), np.asarray(table[name][...]), num_public, p
@@ -282,9 +290,8 @@ class TestAssembly:
             assert factors.a[k].tolist() == factors.b[k].tolist() == want
 
     def test_the_active_rank_scales(self):
-        assert build(MoSConfig(2, 8, alpha=4), {"q_proj": SiteShape(9, 4, 4)}).factors()[
-            "q_proj"
-        ].scale.tolist() == [0.5] * 9
+        adapter = build(MoSConfig(3, 5, 2, 1, alpha=2.5))
+        assert adapter.site_factors("q_proj").scale.tolist() == [0.5] * 3
         everything = build(MoSConfig.pure_sharing(2))
         assert everything.factors(1)["q_proj"].scale == np.float32(16 / 6)
 
@@ -295,7 +302,7 @@ def loss_of_factors(factors, targets):
 
 
 def pool_gradients(adapter, targets):
-    graphdef, pools, rest = nnx.split(adapter, nnx.Param, ...)
+    graphdef, pools, rest = split_trained(adapter)
 
     @jax.jit
     @jax.grad
@@ -303,7 +310,7 @@ def pool_gradients(adapter, targets):
         return loss_of_factors(nnx.merge(graphdef, pools, rest).factors(), targets)
 
     return {
-        "/".join(path): np.asarray(variable[...])
+        "/".join(map(str, path)): np.asarray(variable[...])
         for path, variable in nnx.to_flat_state(gradients(pools))
     }
 
@@ -325,7 +332,7 @@ class TestGradients:
             f"{pool}/{name}" for pool in ("pool_a", "pool_b") for name in SITES
         )
         copies = jax.jit(jax.grad(loss_of_factors))(adapter.factors(), targets)
-        l = config.shards_per_vector
+        shards = config.shards_per_vector
         for name in SITES:
             for part in ("a", "b"):
                 by_block = np.asarray(getattr(copies[name], part), np.float64)
@@ -333,7 +340,7 @@ class TestGradients:
                 have = gradients[f"pool_{part}/{name}"]
                 want = np.zeros(have.shape)
                 for k, j, i in np.ndindex(table.shape):
-                    want[table[k, j, i]] += np.split(by_block[k, j], l)[i]
+                    want[table[k, j, i]] += np.split(by_block[k, j], shards)[i]
                 assert np.abs(want).max() > 1
                 np.testing.assert_allclose(have, want, rtol=1e-4, atol=1e-3)
 
@@ -366,7 +373,7 @@ class TestGradients:
 
 def summed_loss(adapter, x, y):
     """Regression on fixed inputs, one site type after the other."""
-    loss = 0.0
+    loss = jnp.float32(0)
     for name, factors in adapter.factors().items():
         outputs = jax.vmap(LowRank.apply, in_axes=(0, None))(factors, x[name])
         loss += jnp.mean((outputs - y[name]) ** 2)
@@ -375,7 +382,7 @@ def summed_loss(adapter, x, y):
 
 @functools.partial(jax.jit, static_argnums=0)
 def one_step(optimizer, adapter, x, y):
-    graphdef, params, rest = nnx.split(adapter, nnx.Param, ...)
+    graphdef, params, rest = split_trained(adapter)
 
     def loss(params):
         return summed_loss(nnx.merge(graphdef, params, rest), x, y)
@@ -391,15 +398,15 @@ ADAMW = optax.adamw(1e-2)
 
 class TestStrategies:
     @pytest.mark.parametrize(
-        ("selection", "dissociation", "l", "p"),
+        ("selection", "dissociation", "shards", "p"),
         list(itertools.product((True, False), (True, False), (1, 2), (0, 1))),
     )
     def test_all_sixteen_combinations_train_within_the_budget(
-        self, selection, dissociation, l, p
+        self, selection, dissociation, shards, p
     ):
         e = 2
         config = MoSConfig(
-            e, 3 if selection else None, l, p, subset_selection=selection,
+            e, 3 if selection else None, shards, p, subset_selection=selection,
             pair_dissociation=dissociation,
         )  # fmt: skip
         adapter = build(config)
@@ -409,13 +416,13 @@ class TestStrategies:
         for name, site in SITES.items():
             table_a, table_b = (adapter.tables()[f"table_{part}/{name}"] for part in "ab")
             rank = 3 if selection else p + (e - p) * site.num_layers
-            assert table_a.shape == table_b.shape == (site.num_layers, rank, l)
+            assert table_a.shape == table_b.shape == (site.num_layers, rank, shards)
             assert np.array_equal(table_a, table_b) is not dissociation
-            everything = (e - p) * site.num_layers * l
+            everything = (e - p) * site.num_layers * shards
             for k in range(site.num_layers):
                 public = {index for index in table_a[k].ravel().tolist() if index < everything}
                 assert (len(public) == everything) is not selection
-                assert len(public) == (rank - p) * l
+                assert len(public) == (rank - p) * shards
         random = np.random.default_rng(3)
         x = {n: random.normal(size=(6, s.d_in)).astype(np.float32) for n, s in SITES.items()}
         y = {
@@ -449,9 +456,9 @@ class TestStrategies:
 
 class TestOnlyPrivateIsLoRA:
     @pytest.mark.parametrize("dissociated", [True, False])
-    @pytest.mark.parametrize(("rank", "l"), [(2, 1), (2, 4), (None, 2)])
-    def test_factors_and_gradients_are_those_of_lora_bitwise(self, rank, l, dissociated):
-        config = MoSConfig(2, rank, l, 2, pair_dissociation=dissociated)
+    @pytest.mark.parametrize(("rank", "shards"), [(2, 1), (2, 4), (None, 2)])
+    def test_factors_and_gradients_are_those_of_lora_bitwise(self, rank, shards, dissociated):
+        config = MoSConfig(2, rank, shards, 2, pair_dissociation=dissociated)
         mos, lora = build(config), build(LoRAConfig(rank=2))
         for name in SITES:
             np.testing.assert_array_equal(mos.site_factors(name).a, lora.site_factors(name).a)
@@ -502,7 +509,8 @@ class TestPureSharing:
         scaled = build(MoSConfig.pure_sharing(2, random_scaling=kind, random_scaling_std=0.5))
         for name in SITES:
             scalars = np.asarray(scaled.scaling[name][...])
-            assert (scalars.shape, scalars.dtype) == ((3, 6), np.float32)
+            assert scalars.shape == (3, 6)
+            assert scalars.dtype == np.float32
             assert np.unique(scalars).size == scalars.size
             scaled.pool_a[name][...] = plain.pool_a[name][...]
             scaled.pool_b[name][...] = plain.pool_b[name][...]
@@ -600,6 +608,27 @@ class TestRefused:
         with pytest.raises(ValueError, match=message):
             make_config("mos", {**defaults, **fields})
 
+    @pytest.mark.xfail(strict=True, reason="NumPy raises a TypeError, or takes a bool for a number")
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {"random_scaling_mean": "1"},
+            {"random_scaling_mean": None},
+            {"random_scaling_std": "0.02"},
+            {"random_scaling_std": True},
+            {"alpha": 10**400},
+        ],
+        ids=str,
+    )
+    def test_a_number_that_is_none_is_refused(self, fields):
+        with pytest.raises(InputError, match=next(iter(fields))):
+            MoSConfig(2, 4, **fields)
+
+    @pytest.mark.xfail(strict=True, reason="rank is passed twice: a TypeError")
+    def test_pure_sharing_of_a_given_rank_is_refused_or_overridden(self):
+        with contextlib.suppress(InputError):
+            assert MoSConfig.pure_sharing(2, rank=4) == MoSConfig.pure_sharing(2)
+
     @pytest.mark.parametrize(
         ("config", "site", "message"),
         [
@@ -628,11 +657,11 @@ class TestRefused:
     def test_no_sites_or_malformed_ones_are_refused(self):
         with pytest.raises(InputError, match="no sites"):
             build(sites={})
-        with pytest.raises(InputError, match="'q_proj'.*distinct"):
+        with pytest.raises(InputError, match=r"'q_proj'.*distinct"):
             build(sites={"q_proj": SiteShape(2, 8, 8, (1, 1))})
 
     def test_an_unknown_field_gets_the_nearest_name(self):
-        with pytest.raises(InputError, match="'equivalentrank'.*did you mean 'equivalent_rank'"):
+        with pytest.raises(InputError, match=r"'equivalentrank'.*did you mean 'equivalent_rank'"):
             make_config("mos", {"equivalentrank": 2})
         with pytest.raises(InputError, match="mos: unknown field 'rslora'"):
             make_config("mos", {"rank": 2, "rslora": True})
@@ -643,7 +672,7 @@ class TestRefused:
 
     def test_a_configuration_cannot_be_changed_behind_its_checks(self):
         with pytest.raises(dataclasses.FrozenInstanceError):
-            CONFIG.rank = 0
+            CONFIG.rank = 0  # type: ignore[misc]
         with pytest.raises(InputError, match="rank=1 must be above private_rank=1"):
             dataclasses.replace(CONFIG, rank=1)
 
@@ -655,7 +684,15 @@ class TestCheck:
         table = np.array(adapter.table_b["down_proj"][...])
         table[1, 0, 0] = table[1, 0, 1]
         adapter.table_b["down_proj"][...] = jnp.asarray(table)
-        with pytest.raises(InputError, match="table_b/down_proj: block 1 .* twice"):
+        with pytest.raises(InputError, match=r"table_b/down_proj: block 1 .* twice"):
+            adapter.check()
+
+    @pytest.mark.xfail(strict=True, reason="each table is checked on its own")
+    def test_tables_that_differ_are_found_where_pairs_are_tied(self):
+        adapter = build(dataclasses.replace(CONFIG, pair_dissociation=False))
+        other = build(dataclasses.replace(CONFIG, routing_seed=1))
+        adapter.table_b["q_proj"][...] = other.table_b["q_proj"][...]
+        with pytest.raises(InputError, match="table_b/q_proj"):
             adapter.check()
 
     def test_the_summary_carries_the_checksum_of_all_tables(self):

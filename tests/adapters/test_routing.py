@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -37,17 +39,11 @@ def private(layout, table):
 
 @each_layout
 def test_a_pool_has_e_L_l_shards_of_which_p_l_per_block_are_private(layout):
-    blocks, e, r, p, l = (
-        layout.num_layers,
-        layout.equivalent_rank,
-        layout.rank,
-        layout.private_rank,
-        layout.shards_per_vector,
-    )
-    assert layout.num_public == (e - p) * blocks * l
-    assert layout.num_private_per_layer == p * l
-    assert layout.num_shards == e * blocks * l
-    assert layout.num_drawn == (r - p) * l
+    blocks, e, r, p, shards = dataclasses.astuple(layout)
+    assert layout.num_public == (e - p) * blocks * shards
+    assert layout.num_private_per_layer == p * shards
+    assert layout.num_shards == e * blocks * shards
+    assert layout.num_drawn == (r - p) * shards
 
 
 @each_layout
@@ -162,8 +158,8 @@ def test_any_shard_lands_in_any_position_equally_often():
 def test_expected_idle_share_at_30_layers_and_equivalent_rank_2(
     rank, private_rank, percent, digits
 ):
-    for l in (1, 4):
-        share = expected_idle_share(PoolLayout(30, 2, rank, private_rank, l))
+    for shards in (1, 4):
+        share = expected_idle_share(PoolLayout(30, 2, rank, private_rank, shards))
         assert round(100 * share, digits) == percent
 
 

@@ -1,9 +1,16 @@
+from typing import Any
+
 import pytest
 
 from mos_jax.adapters.sites import ALL_LINEAR, SITE_TYPES, SiteShape, check_sites, select_sites
 from mos_jax.errors import InputError
 
 SITES = {name: SiteShape(4, 8, 16) for name in SITE_TYPES}
+
+
+def anything(value: Any) -> Any:
+    """The value, as a caller without types would pass it."""
+    return value
 
 
 def test_the_site_types_are_the_seven_linear_layers_of_a_block():
@@ -41,7 +48,7 @@ def test_exclude_takes_names_and_expressions_away():
 @pytest.mark.parametrize("pattern", ["qproj", "proj", "q_pro", "q_proj_", "Q_PROJ"])
 def test_a_pattern_that_matches_no_whole_name_raises_with_the_candidates(argument, pattern):
     with pytest.raises(InputError, match=f"{argument}.*'{pattern}' matches no") as error:
-        select_sites(SITES, **{argument: pattern})
+        select_sites(SITES, **dict[str, Any]({argument: pattern}))
     assert all(name in str(error.value) for name in SITE_TYPES)
 
 
@@ -58,7 +65,7 @@ def test_one_dead_pattern_among_live_ones_raises():
 @pytest.mark.parametrize("argument", ["include", "exclude"])
 def test_a_malformed_expression_raises(argument):
     with pytest.raises(InputError, match=rf"{argument}: '\[qv' is not a regular expression"):
-        select_sites(SITES, **{argument: "[qv"})
+        select_sites(SITES, **dict[str, Any]({argument: "[qv"}))
 
 
 @pytest.mark.parametrize(
@@ -116,9 +123,9 @@ def test_sites_written_by_hand_are_checked_and_copied():
     [
         (SiteShape(0, 8, 8), "num_layers must be a positive integer, got 0"),
         (SiteShape(2, -8, 8), "d_in must be a positive integer, got -8"),
-        (SiteShape(2, 8, 8.0), "d_out must be a positive integer, got 8.0"),
+        (SiteShape(2, 8, anything(8.0)), "d_out must be a positive integer, got 8.0"),
         (SiteShape(True, 8, 8), "num_layers must be a positive integer, got True"),
-        (SiteShape(2, 8, None), "d_out must be a positive integer, got None"),
+        (SiteShape(2, 8, anything(None)), "d_out must be a positive integer, got None"),
         (SiteShape(2, 8, 8, (0,)), r"num_layers=2 distinct.* got \(0,\)"),
         (SiteShape(2, 8, 8, (1, 1)), r"distinct.* got \(1, 1\)"),
         (SiteShape(2, 8, 8, (2, 0)), r"ascending order, got \(2, 0\)"),
@@ -134,3 +141,23 @@ def test_a_site_with_a_wrong_number_raises_with_its_name(site, message):
 def test_no_sites_raise(function):
     with pytest.raises(InputError, match="no sites"):
         function({})
+
+
+@pytest.mark.xfail(strict=True, reason="the type of the indices is not checked")
+@pytest.mark.parametrize("layers", [(0, 1.5), ("0", "1"), (False, True), [0, 1]], ids=str)
+def test_layers_that_are_no_tuple_of_integers_are_refused(layers):
+    with pytest.raises(InputError, match=r"'q_proj'.*layers"):
+        check_sites({"q_proj": SiteShape(2, 8, 8, layers)})
+
+
+@pytest.mark.xfail(strict=True, reason="names are not checked, and 'a/b' cannot be loaded again")
+@pytest.mark.parametrize("name", ["a/q_proj", "", 3])
+def test_a_name_that_cannot_be_part_of_a_path_is_refused(name):
+    with pytest.raises(InputError, match="name"):
+        check_sites({name: SiteShape(2, 8, 8)})
+
+
+@pytest.mark.xfail(strict=True, reason="an AttributeError")
+def test_what_is_no_site_shape_is_refused():
+    with pytest.raises(InputError, match="'q_proj'"):
+        check_sites({"q_proj": anything((2, 8, 8))})

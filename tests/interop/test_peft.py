@@ -386,7 +386,7 @@ class TestRead:
         a[1, 2:], b[1, 2:] = 0, 0
         np.testing.assert_array_equal(np.asarray(read.a), a)
         np.testing.assert_array_equal(np.asarray(read.b), b)
-        np.testing.assert_array_equal(np.asarray(read.scale), np.float32([2, 2.5, 2]))
+        np.testing.assert_array_equal(np.asarray(read.scale), np.array([2, 2.5, 2], np.float32))
 
     @pytest.mark.parametrize(
         "changes",

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +46,7 @@ CONFIG = DecoderConfig.create(
     max_positions=64,
 )
 TOKENS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (3, 40)).astype(np.int32)
-ARCHITECTURES = {
+ARCHITECTURES: dict[str, dict[str, Any]] = {
     "tied": {},
     "untied": {"tied_embeddings": False},
     # Of the eight wavelengths of a head, 6, 24, 94 and more positions, the first is kept, the

@@ -1,0 +1,52 @@
+r"""The main job from end to end: train, evaluate, export, and show what came out.
+
+python experiments/quickstart.py --config=configs/quickstart.py --workdir=runs/quickstart
+
+Called again, it shows the finished result at once; stopped half-way, it goes on.
+"""
+
+import os
+from collections.abc import Sequence
+
+from absl import flags
+from ml_collections import config_flags
+
+from mos_jax import app
+
+CONFIG = config_flags.DEFINE_config_file(
+    "config", "configs/quickstart.py", "The run; any field can be set: --config.training.steps=200."
+)
+WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Folder of the run.")
+
+
+def main(_: Sequence[str]) -> None:
+    # Imported here so that --help and mistyped flags answer at once.
+    from rich.console import Console
+
+    from mos_jax.training.config import RunConfig
+    from mos_jax.training.loop import train
+    from mos_jax.training.report import print_summary
+
+    config = RunConfig.from_mapping(CONFIG.value.lock().to_dict())
+    console = Console()
+    summary = train(config, WORKDIR.value, console)
+    print_summary(summary, WORKDIR.value, console)
+    adapter, peft = (os.path.join(WORKDIR.value, name) for name in ("adapter", "peft"))
+    if not os.path.exists(peft):
+        from mos_jax.finished import load_finished
+
+        exported = load_finished(adapter).export_peft(peft)
+        console.print(f"Largest logit difference of the export: {exported.difference:.2g}.")
+    console.print(f"As a PEFT LoRA it is in {peft}.", highlight=False)
+    question = 'What is Ann to Bob? Answer with one word."'
+    console.print(
+        "Try next:\n"
+        f"  .venv/bin/python experiments/generate.py --adapter={adapter} --compare \\\n"
+        f'    --prompt="Ann is married to Tom. They have a child called Bob. {question}',
+        highlight=False,
+        markup=False,
+    )
+
+
+if __name__ == "__main__":
+    app.run(main)

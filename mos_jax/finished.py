@@ -1,0 +1,157 @@
+"""A finished adapter with its base: where evaluating, generating and exporting start from."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from mos_jax.adapters.adapter import Adapter
+from mos_jax.adapters.storage import AdapterCard, load_adapter, read_card
+from mos_jax.data.config import DataConfig
+from mos_jax.data.load import Data, load_data
+from mos_jax.errors import InputError
+from mos_jax.interop.check import largest_logit_difference
+from mos_jax.interop.peft import ARRAYS_FILE, export_peft, read_peft_factors
+from mos_jax.models.base import Base, load_base
+from mos_jax.models.decoder import Factors
+
+# Tokens on which an export is checked.
+CHECK_ROWS, CHECK_LENGTH = 2, 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """What was written and how exact it is.
+
+    Attributes:
+      rank: largest rank of a site.
+      bytes: size of the file of arrays.
+      difference: largest difference of logits (nats) between the adapter and what was read back.
+      tokens: how many tokens that was measured on.
+    """
+
+    rank: int
+    bytes: int
+    difference: float
+    tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """A base, and on it an adapter loaded from disk or none.
+
+    Attributes:
+      base: the base.
+      adapter: the adapter, or None.
+      card: of the adapter.
+      factors: its assembled factors, or None.
+    """
+
+    base: Base
+    adapter: Adapter | None
+    card: AdapterCard | None
+    factors: Factors | None
+
+    @property
+    def method(self) -> str:
+        """Name of the adapter's method, or "base"."""
+        return self.card.method if self.card is not None else "base"
+
+    def data(self, task: str | None, split: str, examples: int | None) -> Data:
+        """The data to evaluate on.
+
+        Args:
+          task: name of a task; None = what the adapter was trained for, with the same sets.
+          split: the set that `examples` counts.
+          examples: how many, None = as many as the adapter's run had.
+
+        Raises:
+          InputError: for an unknown task, or none known.
+        """
+        trained = {} if self.card is None else self.card.metadata.get("config", {}).get("data", {})
+        fields: dict[str, Any] = dict(trained)
+        if task is not None and task != fields.get("task"):
+            fields = {"task": task}
+        if "task" not in fields:
+            raise InputError("--task is missing, and the adapter does not say what it is for")
+        if examples is not None:
+            fields[f"{split}_examples"] = examples
+        return load_data(DataConfig.create(**fields), self.base.tokenizer)
+
+    def export_peft(self, path: str | os.PathLike[str], overwrite: bool = False) -> Exported:
+        """Writes the adapter as a PEFT LoRA folder, reads it back and compares the logits.
+
+        Raises:
+          InputError: if `path` exists and `overwrite` is not set.
+        """
+        if self.adapter is None or self.card is None or self.factors is None:
+            raise InputError("there is no adapter to export; give --adapter")
+        export_peft(
+            path,
+            self.factors,
+            base_name=self.base.name,
+            num_layers=self.base.config.num_layers,
+            card=_card_for_people(self.card),
+            overwrite=overwrite,
+        )
+        again = read_peft_factors(path, self.base.sites)
+        # Ids spread over the whole vocabulary; which ones does not matter.
+        count = CHECK_ROWS * CHECK_LENGTH
+        tokens = np.linspace(0, self.base.config.vocab_size - 1, count).astype(np.int32)
+        difference = largest_logit_difference(
+            self.base.model, tokens.reshape(CHECK_ROWS, CHECK_LENGTH), self.factors, again
+        )
+        return Exported(
+            max(factor.rank for factor in self.factors.values()),
+            (Path(path) / ARRAYS_FILE).stat().st_size,
+            difference,
+            count,
+        )
+
+
+def load_finished(
+    adapter: str | os.PathLike[str] | None, base: str | None = None, dtype: str = "float32"
+) -> Finished:
+    """Loads an adapter and its base, checking that they belong together.
+
+    Args:
+      adapter: folder of the adapter; None for the base alone.
+      base: name or path of the base; None = the one the adapter was trained on.
+      dtype: of the base.
+
+    Raises:
+      InputError: for a missing or damaged adapter, or another base than it was trained on.
+    """
+    if not adapter:
+        if not base:
+            raise InputError("--adapter is missing; for example --adapter=runs/q/adapter")
+        return Finished(load_base(base, dtype), None, None, None)
+    card = read_card(adapter)
+    name = base or card.metadata.get("base")
+    if not name:
+        raise InputError(f"{adapter} does not say which base it is for; give --base")
+    loaded = load_base(name, dtype)
+    module = load_adapter(adapter, sites=loaded.sites, base_fingerprint=loaded.fingerprint)
+    factors = jax.jit(lambda module: module.factors())(module)
+    return Finished(loaded, module, card, factors)
+
+
+def _card_for_people(card: AdapterCard) -> Mapping[str, Any]:
+    config = card.metadata.get("config", {})
+    return {
+        "method": card.method,
+        **{f"{card.method}.{name}": value for name, value in card.config.items()},
+        "routing_checksum": card.routing_checksum,
+        "base": card.metadata.get("base"),
+        "base_fingerprint": card.base_fingerprint,
+        "task": card.metadata.get("task"),
+        "steps": card.metadata.get("steps"),
+        **{f"training.{name}": value for name, value in config.get("training", {}).items()},
+        "mos_jax": card.metadata.get("mos_jax_version"),
+    }

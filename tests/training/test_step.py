@@ -1,0 +1,172 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from mos_jax import LoRAConfig, MoSConfig, create_adapter, load_base
+from mos_jax.data.config import DataConfig
+from mos_jax.data.load import load_data
+from mos_jax.training.config import TrainingSection
+from mos_jax.training.optimizer import make_optimizer, make_schedule
+from mos_jax.training.step import AdapterParts, initial_state, make_train_step
+from tests.models.fixtures_decoder import MOS
+from tests.training.fixtures_training import write_data
+
+
+@pytest.fixture(scope="module")
+def base():
+    return load_base("tiny-random")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory, base):
+    path = write_data(tmp_path_factory.mktemp("data"))
+    config = DataConfig.create(
+        task="jsonl", train_path=path, validation_examples=2, test_examples=2, batch_size=2
+    )
+    return load_data(config, base.tokenizer)
+
+
+def start(base, config=MOS, **training):
+    section = TrainingSection(**{"learning_rate": 1e-2, "steps": 20, **training})
+    optimizer = make_optimizer(section)
+    adapter = create_adapter(config, base.sites, jax.random.key(0))
+    parts, trained = AdapterParts.split(adapter)
+    step = make_train_step(optimizer, section.dropout, section.accumulation)
+    return initial_state(trained, optimizer, jax.random.key(1)), parts, step
+
+
+COMBINATIONS = [
+    pytest.param(ss, pd, shards, private, id=f"ss{ss:d}-pd{pd:d}-vs{shards}-sp{private}")
+    for ss in (True, False)
+    for pd in (True, False)
+    for shards in (1, 2)
+    for private in (0, 1)
+]
+
+
+@pytest.mark.parametrize(("ss", "pd", "shards", "private"), COMBINATIONS)
+def test_all_sixteen_combinations_of_strategies_train(base, data, ss, pd, shards, private):
+    config = MoSConfig(
+        equivalent_rank=2,
+        rank=3 if ss else None,
+        shards_per_vector=shards,
+        private_rank=private,
+        subset_selection=ss,
+        pair_dissociation=pd,
+    )
+    state, parts, step = start(base, config)
+    before = jax.tree.map(np.asarray, state.trained)
+    source = data.source(0)
+    losses = []
+    for i in range(3):
+        state, metrics = step(state, parts, base.model, source[i])
+        losses.append(float(metrics["loss"]))
+    assert losses[2] < losses[0]
+    moved = [
+        np.any(a != b)
+        for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(state.trained), strict=True)
+    ]
+    assert all(moved)
+
+
+def test_private_rank_equal_to_the_budget_trains_exactly_as_lora(base, data):
+    found = []
+    for config in (MoSConfig(2, None, 1, 2), LoRAConfig(2)):
+        state, parts, step = start(base, config)
+        for i in range(3):
+            state, metrics = step(state, parts, base.model, data.source(0)[i])
+        factors = parts.merge(state.trained).factors()
+        found.append((float(metrics["loss"]), factors))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
+    for name in base.sites:
+        for part in ("a", "b"):
+            a, b = (getattr(f[name], part) for _, f in found)
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_accumulated_batches_equal_one_batch_that_holds_them_all(base, data):
+    """With unequal numbers of targets, so that a mean of means would differ."""
+    many = data.source(0, accumulation=3)[0]
+    whole = type(many)(*(a.reshape(1, -1, *a.shape[2:])[0] for a in many))
+    assert len({float(w.sum()) for w in many.loss_weights}) > 1
+    state, parts, step = start(base, accumulation=3, clip_norm=0.0)
+    accumulated, metrics = step(state, parts, base.model, many)
+    state, parts, step = start(base, clip_norm=0.0)
+    once, expected = step(state, parts, base.model, whole)
+    for name in ("loss", "gradient_norm"):
+        assert float(metrics[name]) == pytest.approx(float(expected[name]), rel=1e-5)
+    # AdamW divides by the gradient's size, so compare its first moment: the gradient itself.
+    first, second = (optax.tree_utils.tree_get(s.optimizer, "mu") for s in (accumulated, once))
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6 * np.abs(b).max())
+
+
+def test_dropout_noise_is_new_at_every_step_and_repeats_with_the_key(base, data):
+    def losses(steps):
+        state, parts, step = start(base, dropout=0.5, learning_rate=0.0)
+        # B must not be zero, or the branch is silent whatever is dropped.
+        state.trained["pool_b"] = jax.tree.map(lambda b: b + 0.1, state.trained["pool_b"])
+        found = []
+        for _ in range(steps):
+            state, metrics = step(state, parts, base.model, data.source(0)[0])
+            found.append(float(metrics["loss"]))
+        return found
+
+    first = losses(3)
+    assert len(set(first)) == 3
+    assert losses(3) == first
+
+
+def test_only_trained_arrays_change_and_frozen_ones_stay_where_they_are(base, data):
+    state, parts, step = start(base)
+    tables = jax.tree.map(np.asarray, parts.frozen)
+    state, _ = step(state, parts, base.model, data.source(0)[0])
+    for a, b in zip(jax.tree.leaves(tables), jax.tree.leaves(parts.frozen), strict=True):
+        np.testing.assert_array_equal(a, b)
+    params = nnx.state(parts.merge(state.trained), nnx.Param)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
+
+
+def test_one_compilation_serves_all_steps_and_batches(base, data):
+    state, parts, step = start(base)
+    for i in range(4):
+        state, _ = step(state, parts, base.model, data.source(0)[i])
+    assert step._cache_size() == 1
+
+
+def test_a_bf16_base_trains_an_fp32_adapter(data):
+    rounded = load_base("tiny-random", "bfloat16")
+    state, parts, step = start(rounded)
+    for i in range(3):
+        state, metrics = step(state, parts, rounded.model, data.source(0)[i])
+    assert np.isfinite(float(metrics["loss"]))
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state.trained))
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+def test_schedules_rise_to_the_peak_and_end_where_they_should(schedule):
+    section = TrainingSection(steps=100, learning_rate=1.0, schedule=schedule, warmup_share=0.1)
+    rate = make_schedule(section)
+    values = [float(rate(i)) for i in range(101)]
+    assert 0 < values[0] < values[5] < values[10] == pytest.approx(1.0)
+    assert values[100] == pytest.approx(1.0 if schedule == "constant" else 0.0, abs=1e-6)
+    assert values[55] == pytest.approx({"linear": 0.5, "cosine": 0.5, "constant": 1}[schedule])
+
+
+def test_without_warmup_the_first_step_has_the_full_rate():
+    assert float(make_schedule(TrainingSection(warmup_share=0.0, learning_rate=0.5))(0)) == 0.5
+
+
+def test_clipping_bounds_the_update():
+    section = TrainingSection(clip_norm=0.5)
+    clip = optax.clip_by_global_norm(section.clip_norm)
+    huge = {"w": jnp.full(4, 100.0)}
+    clipped, _ = clip.update(huge, clip.init(huge))
+    assert float(optax.global_norm(clipped)) == pytest.approx(0.5)
+    with_clip = make_optimizer(section).init(huge)
+    without = make_optimizer(TrainingSection(clip_norm=0.0)).init(huge)
+    assert len(jax.tree.leaves(with_clip)) == len(jax.tree.leaves(without))
+    assert jax.tree.structure(with_clip) != jax.tree.structure(without)
