@@ -9,13 +9,10 @@ import os
 from collections.abc import Sequence
 
 from absl import flags
-from ml_collections import config_flags
 
 from mos_jax import app
 
-CONFIG = config_flags.DEFINE_config_file(
-    "config", "configs/quickstart.py", "The run; any field can be set: --config.training.steps=200."
-)
+CONFIG = app.define_config("configs/quickstart.py")
 WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Folder of the run.")
 
 

@@ -9,13 +9,10 @@ python experiments/train.py --config=configs/quickstart.py --workdir=runs/q2 \
 from collections.abc import Sequence
 
 from absl import flags
-from ml_collections import config_flags
 
 from mos_jax import app
 
-CONFIG = config_flags.DEFINE_config_file(
-    "config", "configs/quickstart.py", "The run; any field can be set: --config.training.steps=200."
-)
+CONFIG = app.define_config("configs/quickstart.py")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; made when missing.")
 DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "Print parameters and memory from the compiled step, then stop."

@@ -9,12 +9,30 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from absl import app, flags, logging
+from ml_collections import config_flags
 
 from mos_jax.errors import InputError, RunEnded
 
 USER_ERROR = 2
+# A config file and its overrides fail in as many ways as Python code can.
+CONFIG_ERRORS = (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError)
+
+
+def define_config(default: str) -> flags.FlagHolder:
+    """Defines `--config`, a config file whose fields can be set: `--config.training.steps=200`.
+
+    Its default is loaded here and now, with the overrides of the command line, so that a mistake
+    in those is answered here too.
+    """
+    try:
+        return config_flags.DEFINE_config_file(
+            "config", default, "The run; any field can be set: --config.training.steps=200."
+        )
+    except CONFIG_ERRORS as error:
+        _leave(f"{_in_words(error)}; see --help", USER_ERROR)
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
@@ -29,8 +47,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
         # A config file that cannot be loaded shows only when its value is asked for.
         for flag in flags.FLAGS.flags_by_module_dict().get(argv[0], []):
             _ = getattr(flag.value, "keys", None)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        # A config file and its overrides fail in as many ways as Python code can.
+    except CONFIG_ERRORS as error:
         _leave(f"{_in_words(error)}; see --help", USER_ERROR)
     if len(rest) > 1:
         _leave(f"unexpected words {' '.join(rest[1:])!r}; flags start with --", USER_ERROR)
@@ -57,6 +74,6 @@ def _guarded(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> None
         _leave(str(error), error.status)
 
 
-def _leave(words: str, status: int) -> None:
+def _leave(words: str, status: int) -> NoReturn:
     print(f"error: {words}", file=sys.stderr)
     sys.exit(status)

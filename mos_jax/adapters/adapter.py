@@ -86,6 +86,9 @@ class Adapter(nnx.Module):
           layer: None for all adapted blocks (a [L, r, d_in], b [L, r, d_out], scale [L], fp32);
             or the index of one block of the model, which may be traced, for that block's own
             (a [r, d_in], b [r, d_out], scale []). A block that is not adapted has scale 0.
+
+        Raises:
+          InputError: if `layer` is a Python integer and the model cannot have that block.
         """
         return {name: self.site_factors(name, layer) for name in self.sites}
 
@@ -98,10 +101,15 @@ class Adapter(nnx.Module):
         return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(self, nnx.Param)))
 
     def count_trained_by_site(self) -> dict[str, int]:
-        """Number of trained parameters of each site type."""
+        """Number of trained parameters of each site type.
+
+        What belongs to no single site type is counted under "shared", an entry that is there only
+        when it is above 0.
+        """
         counts = dict.fromkeys(self.sites, 0)
         for path, variable in nnx.to_flat_state(nnx.state(self, nnx.Param)):
-            counts[str(path[-1])] += variable.get_value().size
+            owner = next((part for part in reversed(path) if part in self.sites), "shared")
+            counts[owner] = counts.get(owner, 0) + variable.get_value().size
         return counts
 
     def summary(self) -> dict[str, Any]:
@@ -114,7 +122,14 @@ def local_layer(site: SiteShape, layer: jax.Array | int) -> tuple[jax.Array, jax
 
     Returns:
       Its position, int32 [] (0 when the block is not adapted), and fp32 [] 1 or 0: adapted or not.
+
+    Raises:
+      InputError: if `layer` is a Python integer below 0 or, where all blocks are adapted, beyond
+        the last. An array may be traced and is taken as it is.
     """
+    if isinstance(layer, int) and (layer < 0 or (site.layers is None and layer >= site.num_layers)):
+        known = f"from 0 to {site.num_layers - 1}" if site.layers is None else "from 0"
+        raise InputError(f"block {layer} does not exist; blocks are counted {known}")
     index = jnp.asarray(layer, jnp.int32)
     if site.layers is None:
         return index, jnp.float32(1)
@@ -145,8 +160,18 @@ def require_integer(owner: str, name: str, value: Any, minimum: int) -> None:
         raise InputError(f"{owner}: {name} must be an integer >= {minimum}, got {value!r}")
 
 
+def require_finite(owner: str, name: str, value: Any) -> None:
+    """Raises InputError unless `value` is a number that is finite in fp32."""
+    if not _is_finite(value):
+        raise InputError(f"{owner}: {name} must be a finite number, got {value!r}")
+
+
 def require_positive(owner: str, name: str, value: Any) -> None:
-    """Raises InputError unless `value` is a finite number above 0."""
-    numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not numeric or not np.isfinite(value) or value <= 0:
+    """Raises InputError unless `value` is a number above 0 that is finite in fp32."""
+    if not _is_finite(value) or value <= 0:
         raise InputError(f"{owner}: {name} must be a finite number above 0, got {value!r}")
+
+
+def _is_finite(value: Any) -> bool:
+    numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return numeric and abs(value) <= float(np.finfo(np.float32).max)

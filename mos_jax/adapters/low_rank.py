@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from mos_jax.adapters.strictness import strict
+from mos_jax.errors import InputError
 
 
 @jax.tree_util.register_dataclass
@@ -62,14 +63,20 @@ class LowRank:
     def delta(self) -> jax.Array:
         """The dense change of the weight: fp32 [L, h, o] or [h, o]."""
         scale = self.scale.reshape((*self.scale.shape, 1, 1))
-        return scale * jnp.einsum("...rh,...ro->...ho", self.a, self.b)
+        # In full fp32: it is computed once, and merged weights keep whatever it loses.
+        highest = jax.lax.Precision.HIGHEST
+        return scale * jnp.einsum("...rh,...ro->...ho", self.a, self.b, precision=highest)
 
     @strict
     def merge(self, weight: jax.Array) -> jax.Array:
         """Returns `weight` [.., h, o] plus `delta()`, summed in fp32, in the weight's dtype.
 
         With `layers` set, `weight` holds all blocks of the model and only those are changed.
+
+        Raises:
+          InputError: if `weight` does not hold the blocks that the factors are for.
         """
+        self._check_blocks(weight.shape[:-2])
         if self.layers is None:
             return (weight.astype(jnp.float32) + self.delta()).astype(weight.dtype)
         rows = jnp.asarray(self.layers)
@@ -77,7 +84,16 @@ class LowRank:
         return weight.at[rows].set(merged.astype(weight.dtype))
 
     def for_all_layers(self, num_layers: int) -> LowRank:
-        """Spreads the factors of some blocks over all `num_layers`; the others get zeros."""
+        """Spreads the factors of some blocks over all `num_layers`; the others get zeros.
+
+        Returns:
+          a [num_layers, r, h], b [num_layers, r, o], scale [num_layers], `layers` None.
+
+        Raises:
+          InputError: if the factors are those of one block, or of blocks that a model of
+            `num_layers` does not have, or of another number of blocks when they are for all.
+        """
+        self._check_blocks((num_layers,))
         if self.layers is None:
             return self
         rows = jnp.asarray(self.layers)
@@ -86,3 +102,22 @@ class LowRank:
             return jnp.zeros((num_layers, *array.shape[1:]), array.dtype).at[rows].set(array)
 
         return LowRank(spread(self.a), spread(self.b), spread(self.scale))
+
+    def _check_blocks(self, blocks: tuple[int, ...]) -> None:
+        """Raises InputError unless these are factors for weights with the leading axes `blocks`."""
+        own = self.a.shape[:-2]
+        if self.layers is None:
+            fits = own == blocks
+        else:
+            fits = (
+                len(own) == len(blocks) == 1
+                and own[0] == len(self.layers)
+                and 0 <= min(self.layers)
+                and max(self.layers) < blocks[0]
+            )
+        if not fits:
+            which = "" if self.layers is None else f", for the blocks {list(self.layers)},"
+            raise InputError(
+                f"factors with the leading axes {list(own)}{which} do not fit weights with "
+                f"{list(blocks)}: [] is one block, [L] a model of L blocks"
+            )

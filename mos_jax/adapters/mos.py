@@ -34,6 +34,7 @@ from mos_jax.adapters.adapter import (
     Frozen,
     local_layer,
     require_bool,
+    require_finite,
     require_integer,
     require_positive,
     site_key,
@@ -50,7 +51,8 @@ class MoSConfig(AdapterConfig):
     """Configuration of MoS.
 
     Attributes:
-      equivalent_rank: e, the budget: exactly the trained parameters of LoRA of rank e.
+      equivalent_rank: e, the budget: exactly the trained parameters of LoRA of rank e, which are
+        e L (h + o) for each site type. Only random_scaling="trained" adds to it.
       rank: r, the active rank of every assembled A and B. Left open (None) when every block uses
         all shards: then it is p + (e - p) L. With private_rank = equivalent_rank it is e.
       shards_per_vector: l; divides every adapted width.
@@ -60,7 +62,8 @@ class MoSConfig(AdapterConfig):
       subset_selection: see the table in the module.
       pair_dissociation: see the table in the module.
       random_scaling: None; or every site multiplies its r vectors of A by scalars of its own
-        ~ N(mean, std), "fixed" or "trained" (the pilot study's arm).
+        ~ N(mean, std), "fixed" or "trained" (the pilot study's arm). The trained ones are L r
+        more trained parameters for each site type, beyond the budget.
       random_scaling_mean: mean of those scalars.
       random_scaling_std: their standard deviation.
     """
@@ -120,17 +123,38 @@ class MoSConfig(AdapterConfig):
                 "mos: random_scaling must be None, 'fixed' or 'trained', got "
                 f"{self.random_scaling!r}"
             )
-        if not np.isfinite(self.random_scaling_mean) or not 0 <= self.random_scaling_std < np.inf:
+        require_finite("mos", "random_scaling_mean", self.random_scaling_mean)
+        require_finite("mos", "random_scaling_std", self.random_scaling_std)
+        if self.random_scaling_std < 0:
             raise InputError(
-                "mos: random_scaling_mean must be finite and random_scaling_std finite and >= 0, "
-                f"got {self.random_scaling_mean!r} and {self.random_scaling_std!r}"
+                f"mos: random_scaling_std must be >= 0, got {self.random_scaling_std!r}"
             )
 
     @classmethod
     def pure_sharing(cls, equivalent_rank: int, **fields: Any) -> MoSConfig:
-        """The pilot study's arm: every block uses all e L vectors of one pair of pools."""
-        switches = {"subset_selection": False, "pair_dissociation": False}
-        return cls(equivalent_rank, None, 1, 0, **{**fields, **switches})
+        """The pilot study's arm: every block uses all e L vectors of one pair of pools.
+
+        Args:
+          equivalent_rank: e.
+          **fields: of the configuration, other than those that make it this arm.
+
+        Raises:
+          InputError: for a field that contradicts the arm, or is unknown or refused.
+        """
+        arm = {
+            "rank": None,
+            "shards_per_vector": 1,
+            "private_rank": 0,
+            "subset_selection": False,
+            "pair_dissociation": False,
+        }
+        for name, value in arm.items():
+            if fields.get(name, value) != value:
+                raise InputError(
+                    f"mos: {name}={fields[name]!r} contradicts pure_sharing, where it is "
+                    f"{value!r}; leave it out or use MoSConfig"
+                )
+        return cls.from_dict({"equivalent_rank": equivalent_rank, **fields, **arm})
 
     def layout(self, name: str, site: SiteShape) -> routing.PoolLayout:
         """The pool of site type `name`.
@@ -224,10 +248,8 @@ class MoS(Adapter):
             noise = jax.random.normal(site_key(key, name, "scaling"), shape, jnp.float32)
             values = config.random_scaling_mean + config.random_scaling_std * noise
             return nnx.Param(values)
-        seed = np.random.SeedSequence([config.routing_seed, *f"{name}/scaling".encode()])
-        drawn = np.random.default_rng(seed).normal(
-            config.random_scaling_mean, config.random_scaling_std, shape
-        )
+        normals = routing.draw_normals(shape, name, config.routing_seed)
+        drawn = config.random_scaling_mean + config.random_scaling_std * normals
         return Frozen(jnp.asarray(drawn, jnp.float32))
 
     def layout(self, name: str) -> routing.PoolLayout:
@@ -264,8 +286,18 @@ class MoS(Adapter):
 
     def check(self) -> None:
         """Checks the routing tables against the configuration. Raises InputError."""
-        for where, table in self.tables().items():
-            routing.check_table(self.layout(where.split("/")[1]), table, where)
+        for name in self.sites:
+            layout = self.layout(name)
+            table_a, table_b = (
+                np.asarray(tables[name][...]) for tables in (self.table_a, self.table_b)
+            )
+            routing.check_table(layout, table_a, f"table_a/{name}")
+            routing.check_table(layout, table_b, f"table_b/{name}")
+            if not self.config.pair_dissociation and not np.array_equal(table_a, table_b):
+                raise InputError(
+                    f"table_b/{name} must be equal to table_a/{name}, since "
+                    "pair_dissociation=False routes A and B alike"
+                )
 
     def count_idle_parameters(self) -> int:
         """Trained parameters in shards that no block draws; they never get a gradient."""
@@ -278,13 +310,22 @@ class MoS(Adapter):
         return idle
 
     def summary(self) -> dict[str, Any]:
-        """See base class; adds what is used, what is idle, and the idle share to expect."""
+        """See base class; adds what is used, what is idle, and the idle share to expect.
+
+        `parameters_beyond_budget` are the trained scalars of random scaling: e L (h + o) for each
+        site type, and these, are all that is trained.
+        """
         layouts = [self.layout(name) for name in self.sites]
         idle = self.count_idle_parameters()
         return {
             **super().summary(),
             "used_parameters": self.count_trained() - idle,
             "idle_parameters": idle,
+            "parameters_beyond_budget": sum(
+                variable[...].size
+                for variable in self.scaling.values()
+                if isinstance(variable, nnx.Param)
+            ),
             "expected_idle_share_of_public_pool": max(map(routing.expected_idle_share, layouts)),
             "routing_checksum": routing.checksum(self.tables()),
         }

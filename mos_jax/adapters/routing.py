@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import zlib
 from collections.abc import Mapping
 
@@ -90,16 +91,41 @@ def _draw(layout: PoolLayout, name: str, seed: int, matrix: str) -> np.ndarray:
     shards, p = layout.shards_per_vector, layout.private_rank
     table = np.empty((layout.num_layers, layout.rank, shards), np.int32)
     for k in range(layout.num_layers):
-        entropy = [seed, zlib.crc32(f"{name}/{matrix}".encode()), k]
-        # Sorting raw 64-bit words, not Generator.permutation: NumPy keeps the raw stream of a bit
-        # generator fixed for good, and may change what a Generator makes of it.
-        words = np.random.PCG64(np.random.SeedSequence(entropy)).random_raw(layout.num_public)
+        words = _raw_words(layout.num_public, seed, f"{name}/{matrix}", k)
+        # Sorted, not Generator.permutation: see _raw_words.
         order = np.argsort(words, kind="stable")[: layout.num_drawn]
         table[k, : layout.rank - p] = order.reshape(layout.rank - p, shards)
         start = layout.num_public + k * layout.num_private_per_layer
         private = np.arange(start, start + layout.num_private_per_layer)
         table[k, layout.rank - p :] = private.reshape(p, shards)
     return table
+
+
+def draw_normals(shape: tuple[int, ...], name: str, seed: int) -> np.ndarray:
+    """Draws the standard normal numbers of one site type for fixed random scaling.
+
+    Args:
+      shape: of the result.
+      name: the site type; each type has a stream of its own.
+      seed: the routing seed.
+
+    Returns:
+      float64 of `shape`.
+    """
+    words = _raw_words(2 * math.prod(shape), seed, f"{name}/scaling")
+    # Box and Muller, of the 53 bits that fill a double: two uniform numbers in [0, 1).
+    uniform = ((words >> np.uint64(11)) * 2.0**-53).reshape(2, *shape)
+    return np.sqrt(-2 * np.log1p(-uniform[0])) * np.cos(2 * np.pi * uniform[1])
+
+
+def _raw_words(count: int, seed: int, stream: str, *block: int) -> np.ndarray:
+    """uint64 [count] of a stream of its own for each seed, name and block.
+
+    Raw words, not a Generator: NumPy keeps the raw stream of a bit generator fixed for good, and
+    may change what a Generator makes of it.
+    """
+    entropy = [seed, zlib.crc32(stream.encode()), *block]
+    return np.random.PCG64(np.random.SeedSequence(entropy)).random_raw(count)
 
 
 def check_table(layout: PoolLayout, table: np.ndarray, where: str) -> None:

@@ -11,6 +11,8 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 
+from flax import nnx
+
 from mos_jax.errors import InputError, suggest
 
 SITE_TYPES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -38,15 +40,21 @@ Sites = Mapping[str, SiteShape]
 
 
 def check_sites(sites: Sites) -> dict[str, SiteShape]:
-    """Returns `sites` as a dict after checking every number in it.
+    """Returns `sites` as a dict after checking every name and number in it.
 
     Raises:
-      InputError: if there are no sites, a width or a depth is not a positive integer, or
-        `layers` does not list `num_layers` distinct, ascending block indices.
+      InputError: if there are no sites, a name cannot be that of an array, a site is not a
+        `SiteShape`, a width or a depth is not a positive integer, or `layers` is not a tuple of
+        `num_layers` distinct, ascending block indices.
     """
+    if not isinstance(sites, Mapping):
+        raise InputError(f"sites must be a mapping from site type to SiteShape, got {sites!r}")
     if not sites:
         raise InputError("no sites to adapt: the mapping from site type to SiteShape is empty")
     for name, site in sites.items():
+        _check_name(name)
+        if not isinstance(site, SiteShape):
+            raise InputError(f"site {name!r} must be a SiteShape, got {site!r}")
         for field in ("num_layers", "d_in", "d_out"):
             value = getattr(site, field)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -54,15 +62,29 @@ def check_sites(sites: Sites) -> dict[str, SiteShape]:
                     f"site {name!r}: {field} must be a positive integer, got {value!r}"
                 )
         if site.layers is not None and (
-            len(site.layers) != site.num_layers
+            not isinstance(site.layers, tuple)
+            or any(isinstance(k, bool) or not isinstance(k, int) for k in site.layers)
+            or len(site.layers) != site.num_layers
             or list(site.layers) != sorted(set(site.layers))
             or site.layers[0] < 0
         ):
             raise InputError(
-                f"site {name!r}: layers must list num_layers={site.num_layers} distinct block "
-                f"indices in ascending order, got {site.layers!r}"
+                f"site {name!r}: layers must be a tuple of num_layers={site.num_layers} distinct "
+                f"block indices in ascending order, got {site.layers!r}"
             )
     return dict(sites)
+
+
+def _check_name(name: str) -> None:
+    # A name is a key of nnx.Dict, which keeps its entries as attributes, and a part of the path
+    # under which an array is stored.
+    if not isinstance(name, str) or not name or "/" in name or name.startswith("_"):
+        raise InputError(
+            "the name of a site type must be a string that is not empty, has no '/' and does not "
+            f"start with '_', got {name!r}"
+        )
+    if hasattr(nnx.Dict, name):
+        raise InputError(f"the name of a site type cannot be {name!r}, a method of nnx.Dict")
 
 
 def select_sites(
@@ -75,7 +97,7 @@ def select_sites(
 
     Args:
       sites: all sites of the model.
-      include: "all-linear", or names and regular expressions; an expression must match the whole
+      include: "all-linear", names and regular expressions; an expression must match the whole
         name of a site type (`"[qv]_proj"`).
       exclude: names and regular expressions of site types to leave out.
       layers: block indices to adapt, in any order; negative ones count from the end; None = all.
@@ -89,10 +111,7 @@ def select_sites(
         is left, or if a block index is out of range or given twice.
     """
     sites = check_sites(sites)
-    if include == ALL_LINEAR:
-        chosen = set(sites)
-    else:
-        chosen = _matching(sites, _as_tuple(include), "include")
+    chosen = _matching(sites, _as_tuple(include), "include")
     chosen -= _matching(sites, _as_tuple(exclude), "exclude")
     selected = {name: site for name, site in sites.items() if name in chosen}
     if not selected:
@@ -118,7 +137,7 @@ def _matching(sites: Sites, patterns: tuple[str, ...], argument: str) -> set[str
             raise InputError(
                 f"{argument}: {pattern!r} is not a regular expression ({error})"
             ) from None
-        hits = {name for name in sites if expression.fullmatch(name)}
+        hits = {name for name in sites if pattern == ALL_LINEAR or expression.fullmatch(name)}
         if not hits:
             raise InputError(
                 f"{argument}: {pattern!r} matches no site type; {suggest(pattern, sites)}"

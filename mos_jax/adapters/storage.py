@@ -11,8 +11,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,8 +27,10 @@ from mos_jax.adapters import routing
 from mos_jax.adapters.adapter import Adapter
 from mos_jax.adapters.methods import METHODS, create_adapter, make_config
 from mos_jax.adapters.mos import MoS
-from mos_jax.adapters.sites import SiteShape
+from mos_jax.adapters.sites import SiteShape, check_sites
 from mos_jax.errors import InputError
+from mos_jax.files import fresh_folder
+from mos_jax.files import write_file as _write
 
 FORMAT = "mos_jax.adapter"
 FORMAT_VERSION = 1
@@ -64,6 +64,18 @@ class AdapterCard:
     metadata: dict[str, Any]
 
 
+_CARD_TYPES: dict[str, tuple[type, ...]] = {
+    "method": (str,),
+    "config": (dict,),
+    "sites": (dict,),
+    "scale": (dict,),
+    "routing_checksum": (str, type(None)),
+    "base_fingerprint": (str, type(None)),
+    "arrays_sha256": (str,),
+    "metadata": (dict,),
+}
+
+
 def adapter_arrays(adapter: Adapter) -> dict[str, np.ndarray]:
     """Every array of the adapter on the host, by its path (`"pool_a/q_proj"`)."""
     return {
@@ -94,13 +106,19 @@ def with_arrays(adapter: Adapter, arrays: Mapping[str, np.ndarray]) -> Adapter:
             raise InputError(
                 f"array {name!r} must be {want.dtype} {want.shape}, got {have.dtype} {have.shape}"
             )
-        if np.issubdtype(have.dtype, np.floating) and not np.all(np.isfinite(have)):
-            raise InputError(f"array {name!r} holds values that are not finite")
         flat[path] = flat[path].replace(jnp.asarray(have))
     filled = nnx.merge(graphdef, nnx.from_flat_state(flat))
-    if isinstance(filled, MoS):
-        filled.check()
+    _check_values(filled, arrays)
     return filled
+
+
+def _check_values(adapter: Adapter, arrays: Mapping[str, np.ndarray]) -> None:
+    """Raises InputError if `arrays`, those of the adapter, hold values that no adapter may have."""
+    for name, array in arrays.items():
+        if np.issubdtype(array.dtype, np.floating) and not np.all(np.isfinite(array)):
+            raise InputError(f"array {name!r} holds values that are not finite")
+    if isinstance(adapter, MoS):
+        adapter.check()
 
 
 def save_adapter(
@@ -116,21 +134,23 @@ def save_adapter(
     the old one whole.
 
     Args:
-      path: the folder.
+      path: the folder, or a link to it.
       adapter: what to write.
       base_fingerprint: of the base it belongs to; checked when it is loaded onto a base.
       metadata: JSON values to keep with it.
 
     Returns:
-      The folder.
+      The folder, as an absolute path without links.
 
     Raises:
-      InputError: if `path` is something other than an adapter's folder.
+      InputError: if `path` is something other than an adapter's folder or holds other files too,
+        if values are not finite or routing tables do not fit the configuration, or if
+        `base_fingerprint` is not a string or `metadata` not JSON.
     """
-    path = Path(path)
-    if path.exists() and not (path / CARD_FILE).exists() and not _is_empty_folder(path):
-        raise InputError(f"{path} exists and is not an adapter; choose another folder")
+    path = Path(path).resolve()
+    _check_destination(path)
     arrays = adapter_arrays(adapter)
+    _check_values(adapter, arrays)
     payload = format_safetensors(arrays, metadata={"format": FORMAT})
     card = {
         "format": FORMAT,
@@ -142,24 +162,16 @@ def save_adapter(
         "routing_checksum": _routing_checksum(adapter),
         "base_fingerprint": base_fingerprint,
         "arrays_sha256": hashlib.sha256(payload).hexdigest(),
-        "metadata": dict(metadata or {}),
+        "metadata": dict(metadata) if isinstance(metadata, Mapping) else metadata or {},
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    _check_types(card, "the card to write")
     try:
-        fresh.chmod(0o755)
+        text = json.dumps(card, indent=2, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise InputError(f"metadata must be JSON values ({error}), got {metadata!r}") from None
+    with fresh_folder(path) as fresh:
         _write(fresh / ARRAYS_FILE, payload)
-        _write(fresh / CARD_FILE, (json.dumps(card, indent=2) + "\n").encode())
-        if path.exists():
-            old = fresh.with_name(fresh.name + ".old")
-            path.rename(old)
-            fresh.rename(path)
-            shutil.rmtree(old)
-        else:
-            fresh.rename(path)
-    except BaseException:
-        shutil.rmtree(fresh, ignore_errors=True)
-        raise
+        _write(fresh / CARD_FILE, text.encode())
     return path
 
 
@@ -170,24 +182,18 @@ def read_card(path: str | os.PathLike[str]) -> AdapterCard:
       InputError: if there is no adapter, the file is malformed, or its format is newer.
     """
     file = Path(path) / CARD_FILE
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"no adapter at {path}: {CARD_FILE} is missing") from None
-    except (ValueError, OSError) as error:
-        raise InputError(f"{file} cannot be read as JSON: {error}") from None
-    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
-        raise InputError(f"{file} is not the card of a mos_jax adapter (format {FORMAT!r})")
+    raw = _read_json(file)
     version = raw.get("format_version")
-    if not isinstance(version, int) or version > FORMAT_VERSION:
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise InputError(
-            f"{file} has format version {version!r}, this mos_jax reads up to {FORMAT_VERSION}; "
-            "upgrade mos_jax"
+            f"{file} has format version {version!r}, this mos_jax reads 1 up to {FORMAT_VERSION}; "
+            "a newer one needs a newer mos_jax"
         )
     fields = [field.name for field in dataclasses.fields(AdapterCard)]
     missing = [name for name in fields if name not in raw]
     if missing:
         raise InputError(f"{file} lacks {', '.join(missing)}")
+    _check_types(raw, str(file))
     try:
         sites = {
             name: SiteShape(
@@ -198,9 +204,31 @@ def read_card(path: str | os.PathLike[str]) -> AdapterCard:
             )
             for name, site in raw["sites"].items()
         }
-    except (AttributeError, KeyError, TypeError):
+        check_sites(sites)
+    except (KeyError, TypeError):
         raise InputError(f"{file}: 'sites' is malformed: {raw['sites']!r}") from None
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from None
     return AdapterCard(**{**{name: raw[name] for name in fields}, "sites": sites})
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"no adapter at {file.parent}: {CARD_FILE} is missing") from None
+    except (ValueError, OSError) as error:
+        raise InputError(f"{file} cannot be read as JSON: {error}") from None
+    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+        raise InputError(f"{file} is not the card of a mos_jax adapter (format {FORMAT!r})")
+    return raw
+
+
+def _check_types(card: Mapping[str, Any], where: str) -> None:
+    for name, types in _CARD_TYPES.items():
+        if not isinstance(card[name], types):
+            wanted = " or ".join("None" if t is type(None) else t.__name__ for t in types)
+            raise InputError(f"{where}: {name!r} must be {wanted}, got {card[name]!r}")
 
 
 def load_adapter(
@@ -260,6 +288,8 @@ def _read_arrays(path: Path, card: AdapterCard) -> dict[str, np.ndarray]:
         payload = file.read_bytes()
     except FileNotFoundError:
         raise InputError(f"no adapter at {path}: {ARRAYS_FILE} is missing") from None
+    except OSError as error:
+        raise InputError(f"{file} cannot be read: {error}") from None
     if hashlib.sha256(payload).hexdigest() != card.arrays_sha256:
         raise InputError(
             f"{file} is not the file that {CARD_FILE} describes (its SHA-256 differs): it was "
@@ -269,6 +299,8 @@ def _read_arrays(path: Path, card: AdapterCard) -> dict[str, np.ndarray]:
         return parse_safetensors(payload)
     except SafetensorError as error:
         raise InputError(f"{file} is not a safetensors file: {error}") from None
+    except KeyError as error:
+        raise InputError(f"{file} holds arrays of dtype {error}, which no adapter has") from None
 
 
 def _check_base_shapes(path: Path, card: AdapterCard, sites: Mapping[str, SiteShape]) -> None:
@@ -292,12 +324,16 @@ def _routing_checksum(adapter: Adapter) -> str | None:
     return routing.checksum(adapter.tables()) if isinstance(adapter, MoS) else None
 
 
-def _is_empty_folder(path: Path) -> bool:
-    return path.is_dir() and not any(path.iterdir())
-
-
-def _write(file: Path, payload: bytes) -> None:
-    with open(file, "wb") as stream:
-        stream.write(payload)
-        stream.flush()
-        os.fsync(stream.fileno())
+def _check_destination(path: Path) -> None:
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    try:
+        _read_json(path / CARD_FILE)
+    except InputError:
+        raise InputError(f"{path} exists and is not an adapter; choose another folder") from None
+    others = sorted({entry.name for entry in path.iterdir()} - {ARRAYS_FILE, CARD_FILE})
+    if others:
+        raise InputError(
+            f"{path} holds {', '.join(others)} beside an adapter, which would be deleted with it; "
+            "move that away or choose another folder"
+        )

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from safetensors.numpy import save as format_safetensors
 from mos_jax.adapters.low_rank import LowRank
 from mos_jax.adapters.sites import SITE_TYPES, SiteShape, check_sites
 from mos_jax.errors import InputError, suggest
+from mos_jax.files import fresh_folder, write_file
 from mos_jax.interop.peft_config import (
     CONFIG_FILE,
     PICKLE_FILE,
@@ -97,14 +96,11 @@ def export_peft(
             arrays[tensor_name(site, "B")] = np.ascontiguousarray(b[position].T)
     config = make_config(ranks, alphas, base_name, num_layers)
     readme = _readme(base_name, ranks, alphas, sum(x.size for x in arrays.values()), card)
-    _replace_folder(
-        path,
-        {
-            ARRAYS_FILE: format_safetensors(arrays, metadata={"format": "pt"}),
-            CONFIG_FILE: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
-            README_FILE: readme.encode(),
-        },
-    )
+    config_text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    with fresh_folder(path) as fresh:
+        write_file(fresh / ARRAYS_FILE, format_safetensors(arrays, metadata={"format": "pt"}))
+        write_file(fresh / CONFIG_FILE, config_text.encode())
+        write_file(fresh / README_FILE, readme.encode())
     return path
 
 
@@ -214,33 +210,6 @@ def _check_destination(path: Path, overwrite: bool) -> None:
             f"{path} is not empty and not a PEFT adapter (no {CONFIG_FILE}), so it is not "
             "overwritten; choose another folder"
         )
-
-
-def _replace_folder(path: Path, files: Mapping[str, bytes]) -> None:
-    """Writes `files` to a folder beside `path` and puts it in the place of `path`."""
-    path = path.resolve()  # so that a link stays one, and `.` has a name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    try:
-        fresh.chmod(0o755)
-        for name, payload in files.items():
-            with open(fresh / name, "wb") as stream:
-                stream.write(payload)
-                stream.flush()
-                os.fsync(stream.fileno())
-        old = fresh.with_name(fresh.name + ".old")
-        if path.exists():
-            path.rename(old)
-        try:
-            fresh.rename(path)
-        except BaseException:
-            if old.exists():
-                old.rename(path)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(fresh, ignore_errors=True)
-        raise
 
 
 def _readme(

@@ -97,7 +97,7 @@ def make_train_step(
         targets = jnp.maximum(jnp.sum(batch.loss_weights), 1.0)
         gradient = jax.tree.map(lambda g: g / targets, gradient)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.trained)
-        metrics = {"loss": loss / targets, "gradient_norm": optax.global_norm(gradient)}
+        metrics = {"loss": loss / targets, "gradient_norm": optax.tree.norm(gradient)}
         advanced = TrainState(
             state.step + 1,
             optax.apply_updates(state.trained, updates),

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import jax
@@ -9,6 +10,7 @@ from mos_jax.data.config import DataConfig
 from mos_jax.data.load import load_data
 from mos_jax.evaluation.answers import evaluate, generate_answers, teacher_forced
 from mos_jax.evaluation.compare import compare
+from mos_jax.evaluation.loss import token_losses
 from mos_jax.models.generation import Sampling, generate
 from tests.models.fixtures_decoder import filled_adapter
 
@@ -18,44 +20,28 @@ def base():
     return load_base("tiny-random")
 
 
-def jsonl(folder, pairs):
-    path = folder / "data.jsonl"
+def jsonl(path, pairs):
     lines = [json.dumps({"prompt": p, "completion": c}) for p, c in pairs]
     path.write_text("\n".join(lines) + "\n")
     return str(path)
 
 
-def load(folder, base, pairs):
-    path = jsonl(folder, pairs)
-    config = DataConfig.create(
-        task="jsonl", train_path=path, test_path=path, validation_examples=1, batch_size=2
-    )
-    return load_data(config, base.tokenizer)
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory, base):
-    """Some answers are what the base says greedily, some are not."""
-    prompts = [f"question number {i}" for i in range(6)]
-    tokenizer = base.tokenizer
-    pairs = []
-    for i, prompt in enumerate(prompts):
-        pairs.append((prompt, "wrong" if i % 2 else "x"))
-    path = jsonl(tmp_path_factory.mktemp("d"), pairs)
-    train = jsonl(tmp_path_factory.mktemp("t"), [(f"train {i}", "x") for i in range(6)])
+    folder = tmp_path_factory.mktemp("data")
+    test = jsonl(folder / "test.jsonl", [(f"question number {i}", "xy"[i % 2]) for i in range(6)])
+    train = jsonl(folder / "train.jsonl", [(f"train {i}", "x") for i in range(6)])
     config = DataConfig.create(
-        task="jsonl", train_path=train, test_path=path, validation_examples=1, batch_size=2
+        task="jsonl", train_path=train, test_path=test, validation_examples=1, batch_size=2
     )
-    return load_data(config, tokenizer)
+    return load_data(config, base.tokenizer)
 
 
 def test_exact_match_is_greedy_decoding_with_its_end_of_turn(base, data):
     """Teacher forcing says right exactly where decoding gives the answer and stops."""
     factors = filled_adapter(base.sites).factors()
-    layout_batches = data.batches("test")
     for chosen in (None, factors):
-        found = teacher_forced(base.model, chosen, layout_batches, len(data.test))
-        stop = [base.tokenizer.end_of_turn]
+        found = teacher_forced(base.model, chosen, data.batches("test"), len(data.test))
         for example, token_example, score in zip(
             data.test, data.tokens["test"].examples, found.scores, strict=True
         ):
@@ -64,16 +50,12 @@ def test_exact_match_is_greedy_decoding_with_its_end_of_turn(base, data):
             answer = token_example.tokens[learnt].tolist()
             got = generate(base.model, [prompt], [-1], Sampling.create(len(answer)), chosen)[0]
             assert score == float(got == answer), example.id
-            assert stop[0] == answer[-1]
+            assert answer[-1] == base.tokenizer.end_of_turn
 
 
-def test_an_answer_the_model_gives_counts_as_right(base, tmp_path):
-    """Built from the model's own continuation, ended where the model is made to end."""
-    data = load(tmp_path, base, [("abc", "y"), ("def", "z")])
-    batches = data.batches("test")
-
-    class Echo:
-        """Always predicts the right token."""
+def test_a_model_that_predicts_every_target_is_right(data):
+    class Oracle:
+        """Predicts each next token of the row with near certainty."""
 
         def hidden(self, tokens, *_args, **_kwargs):
             return jax.nn.one_hot(np.roll(np.asarray(tokens), -1, axis=1), 320) * 50.0
@@ -81,10 +63,8 @@ def test_an_answer_the_model_gives_counts_as_right(base, tmp_path):
         def logits(self, hidden):
             return hidden
 
-    from mos_jax.evaluation.loss import token_losses
-
-    for batch in batches:
-        losses, correct = token_losses(Echo(), None, batch)
+    for batch in data.batches("test"):
+        losses, correct = token_losses(Oracle(), None, batch)
         assert np.asarray(correct)[batch.loss_weights > 0].all()
         assert np.asarray(losses)[batch.loss_weights > 0].max() < 1e-3
 
@@ -101,17 +81,17 @@ def test_loss_is_the_mean_over_answer_tokens_only(base, data):
     assert found.loss == pytest.approx(total / count, rel=1e-5)
 
 
-def test_tasks_with_many_right_answers_are_judged_by_their_scorer(base, data, monkeypatch):
+def test_tasks_with_many_right_answers_are_judged_by_their_scorer(base, data):
     judged = []
 
-    def score(example, answer):
-        judged.append((example.id, answer))
-        return 0.25
+    class Lenient:
+        scoring = "scorer"
 
-    monkeypatch.setattr(type(data.task), "scoring", "scorer", raising=False)
-    monkeypatch.setattr(type(data.task), "score", lambda self, e, a: score(e, a), raising=False)
-    object.__setattr__(data.task, "scoring", "scorer")
-    found = evaluate(base, None, data, "test", 4)
+        def score(self, example, answer):
+            judged.append((example.id, answer))
+            return 0.25
+
+    found = evaluate(base, None, dataclasses.replace(data, task=Lenient()), "test", 4)
     assert found.accuracy == 0.25
     answers = generate_answers(base, None, data.test, 4)
     assert judged == [(e.id, a) for e, a in zip(data.test, answers, strict=True)]

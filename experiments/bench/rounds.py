@@ -1,0 +1,96 @@
+"""Interleaved rounds, and what is made of their times."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from experiments.bench.worker import Worker
+from mos_jax.errors import RunEnded
+
+LOSS_TOLERANCE = 1e-3
+PACKAGES = (
+    "mos_jax", "jax", "jaxlib", "flax", "optax", "numpy",
+    "torch", "transformers", "peft", "accelerate",
+)  # fmt: skip
+
+Times = dict[str, list[float]]
+
+
+def play(
+    contestants: Sequence[tuple[str, Worker]], rounds: int, say: Callable[[str], None]
+) -> Times:
+    """Runs every contestant once per round, after a warm-up round that does not count.
+
+    The order rotates, so that nobody always follows the same neighbour or the same noise.
+
+    Returns:
+      Seconds by contestant, one per round.
+    """
+    times: Times = {name: [] for name, _ in contestants}
+    for number in range(rounds + 1):
+        turn = number % len(contestants)
+        for name, worker in [*contestants[turn:], *contestants[:turn]]:
+            seconds = worker.run(name)
+            if number:
+                times[name].append(seconds)
+        if number:
+            shown = ", ".join(f"{name} {seconds[-1]:.3f} s" for name, seconds in times.items())
+            say(f"round {number}/{rounds}: {shown}")
+    return times
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, smallest and largest."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def ratio(
+    above: Sequence[float], below: Sequence[float], at_most: float | None = None, **fields: Any
+) -> dict[str, Any]:
+    """The spread of the ratios of each round, beside the bound it is held to."""
+    each = [a / b for a, b in zip(above, below, strict=True)]
+    return {**spread(each), "rounds": each, "at_most": at_most, **fields}
+
+
+def check_losses(found: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raises RunEnded if the contestants do not compute the same loss before any step."""
+    losses = {name: facts["loss"] for name, facts in found.items()}
+    # Written so that a loss that is not a number fails.
+    if not max(losses.values()) - min(losses.values()) <= LOSS_TOLERANCE:
+        raise RunEnded(f"losses on the same batch differ by over {LOSS_TOLERANCE}: {losses}")
+
+
+def machine_facts(threads: int) -> dict[str, Any]:
+    """What the times depend on: processor, cores, load, versions, date."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "absent"
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "load_before": list(os.getloadavg()),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()

@@ -1,0 +1,113 @@
+"""Contestants live in processes of their own, which sleep until they are called.
+
+The thread pools of JAX and torch would get in each other's way within one process. Here only one
+side works at a time, and what a side has loaded or compiled stays for all rounds.
+"""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import os
+import signal
+import traceback
+from multiprocessing.connection import Connection
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from mos_jax.errors import InputError, RunEnded
+
+Facts = dict[str, Any]
+
+
+class Side(Protocol):
+    """What a process of the benchmark can do."""
+
+    def prepare(self) -> dict[str, Facts]:
+        """Loads and compiles everything; returns facts by contestant, JSON-able."""
+        ...
+
+    def run(self, contestant: str) -> float:
+        """Does the contestant's work once; returns seconds."""
+        ...
+
+
+class Worker:
+    """A process that holds one side; a context manager, which ends it."""
+
+    def __init__(self, side: str, threads: int, **arguments: Any):
+        """Starts the process.
+
+        Args:
+          side: "module:Class" of a `Side`, imported only there.
+          threads: CPUs that the process may use.
+          **arguments: of the class.
+        """
+        self._side = side
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(
+            target=_serve, args=(theirs, side, threads, arguments), daemon=True
+        )
+        self._process.start()
+        theirs.close()
+
+    def __enter__(self) -> Self:
+        """Nothing more to do."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Ends the process."""
+        self._process.kill()
+        self._process.join()
+        self._pipe.close()
+
+    def prepare(self) -> dict[str, Facts]:
+        """Calls `Side.prepare` there."""
+        return self._call("prepare")
+
+    def run(self, contestant: str) -> float:
+        """Calls `Side.run` there."""
+        return self._call("run", contestant)
+
+    def _call(self, *words: str) -> Any:
+        try:
+            self._pipe.send(words)
+            kind, answer = self._pipe.recv()
+        except (EOFError, OSError):
+            self._process.join()
+            status = self._process.exitcode
+            raise RunEnded(f"{self._side} died with status {status}; out of memory?") from None
+        if kind == "input":
+            raise InputError(answer)
+        if kind == "defect":
+            raise RuntimeError(f"{self._side} failed:\n{answer}")
+        return answer
+
+
+def _serve(pipe: Connection, name: str, threads: int, arguments: dict[str, Any]) -> None:
+    # Ctrl-C goes to the whole group; the parent ends its children.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "sched_setaffinity"):
+        # Before any library counts the CPUs.
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+    module, _, attribute = name.partition(":")
+    side: Side | None = None
+    while True:
+        try:
+            call, *words = pipe.recv()
+        except EOFError:
+            return
+        try:
+            if side is None:
+                side = getattr(importlib.import_module(module), attribute)(**arguments)
+            pipe.send(("answer", getattr(side, call)(*words)))
+        except InputError as error:
+            pipe.send(("input", str(error)))
+        except Exception:
+            pipe.send(("defect", traceback.format_exc()))

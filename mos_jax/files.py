@@ -1,0 +1,61 @@
+"""Folders that are replaced as a whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def fresh_folder(path: Path) -> Iterator[Path]:
+    """Yields an empty folder beside `path`, which takes the place of `path` when the block ends.
+
+    Whatever the block raises, and whichever rename fails, what stood at `path` stands there again
+    and the empty folder is gone. Afterwards all that stood at `path` is deleted, so look first.
+
+    Args:
+      path: the place, existing or not; its parents are made. Where it is a link, what it points
+        to is replaced.
+    """
+    path = path.resolve()  # so that a link stays one, and `.` has a name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    old = fresh.with_name(fresh.name + ".old")
+    try:
+        fresh.chmod(0o755)
+        yield fresh
+        try:
+            if path.exists():
+                path.rename(old)
+            fresh.rename(path)
+        except BaseException:
+            if old.exists():
+                old.rename(path)
+            raise
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
+    _sync_folder(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_file(file: Path, payload: bytes) -> None:
+    """Writes `payload` to `file` and waits until it is on the disk."""
+    with open(file, "wb") as stream:
+        stream.write(payload)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    # Where folders cannot be opened or synced, the renames are as safe as that system makes them.
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,180 @@
+"""The command-line programs as a user calls them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def call(program, *flags, ok=True):
+    done = subprocess.run(
+        [sys.executable, f"experiments/{program}.py", *map(str, flags)],
+        cwd=ROOT,
+        env=os.environ | {"COLUMNS": "120"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    if ok:
+        assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "smoke"
+    flags = ("--config=configs/smoke.py", f"--workdir={workdir}")
+    return workdir, flags, call("quickstart", *flags)
+
+
+def test_quickstart_shows_what_the_readme_promises(quickstart):
+    workdir, _, done = quickstart
+    out = done.stdout
+    for words in (
+        "step 1/8",
+        "tokens/s",
+        "exact match",
+        "95% interval",
+        "base + mos",
+        "always ",
+        "LoRA of the same rank, 3",
+        "LoRA of the same budget, rank 2",
+        "On disk: ",
+        "before",
+        "after",
+        "The adapter is in",
+        "Largest logit difference of the export: 0",
+        "Try next:",
+    ):
+        assert words in out, words
+    for name in ("config.json", "metrics.jsonl", "summary.json", "adapter", "peft", "tensorboard"):
+        assert (workdir / name).exists(), name
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert summary["adapter"]["trained_parameters"] == 4096
+    assert summary["test"]["adapter"]["examples"] == 8
+    assert summary["adapter"]["used_parameters"] <= 4096
+    steps = [
+        json.loads(line)["step"] for line in (workdir / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert steps == list(range(1, 9))
+
+
+def test_a_second_quickstart_shows_the_result_and_trains_nothing(quickstart):
+    workdir, flags, first = quickstart
+    before = (workdir / "metrics.jsonl").stat().st_mtime_ns
+    again = call("quickstart", *flags).stdout
+    assert "step 1/8" not in again
+    assert (workdir / "metrics.jsonl").stat().st_mtime_ns == before
+    table = first.stdout[first.stdout.index("questions of the test set") :]
+    assert (
+        table.splitlines()[3:8] == again[again.index("questions of the test") :].splitlines()[3:8]
+    )
+
+
+def test_evaluate_repeats_the_scores_of_the_run(quickstart, tmp_path):
+    workdir, _, _ = quickstart
+    out = tmp_path / "scores.json"
+    call("evaluate", f"--adapter={workdir}/adapter", f"--out={out}")
+    found = json.loads(out.read_text())
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert found["adapter"] == summary["test"]["adapter"]
+    other = call("evaluate", f"--adapter={workdir}/adapter", "--task=chain_sum", "--examples=4")
+    assert "chain_sum: 4 questions of the test set" in other.stdout
+
+
+def test_generate_answers_with_and_without_the_adapter(quickstart):
+    workdir, _, _ = quickstart
+    flags = (f"--adapter={workdir}/adapter", "--prompt=Hello", "--max_new_tokens=4")
+    both = call("generate", *flags, "--compare").stdout
+    assert both.startswith("[base] ")
+    assert "\n[mos] " in both
+    alone = call("generate", "--base=tiny-random", "--prompt=Hello", "--max_new_tokens=4")
+    assert f"[base] {alone.stdout}" == both[: both.index("[mos]")]
+
+
+def test_export_says_how_exact_it_is_and_does_not_overwrite(quickstart, tmp_path):
+    workdir, _, _ = quickstart
+    flags = (f"--adapter={workdir}/adapter", "--format=peft", f"--out={tmp_path / 'peft'}")
+    assert "largest difference of logits is 0 over 64 tokens" in call("export", *flags).stdout
+    config = json.loads((tmp_path / "peft/adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 3, 16)
+    refused = call("export", *flags, ok=False)
+    assert refused.returncode == 2
+    assert len(refused.stderr.strip().splitlines()) == 1
+
+
+def test_dry_run_prints_parameters_and_memory_and_writes_nothing(tmp_path):
+    workdir = tmp_path / "run"
+    done = call("train", "--config=configs/smoke.py", f"--workdir={workdir}", "--dry_run")
+    for words in ("q_proj", "down_proj", "4,096", "base", "optimizer", "activations", "padding"):
+        assert words in done.stdout, words
+    assert not workdir.exists()
+
+
+SMOKE = ("--config=configs/smoke.py", "--workdir=runs/never")
+
+
+@pytest.mark.parametrize(
+    ("program", "flags", "words"),
+    [
+        ("train", ("--config.training.stepz=3",), 'Did you mean "steps"'),
+        ("train", ("--config=configs/nope.py",), "configs/nope.py"),
+        ("train", ("--config=configs/smoke.py:vero",), "unknown method 'vero'"),
+        ("train", ("--workdirr=x",), "workdir"),
+        ("train", (*SMOKE, "extra"), "unexpected words 'extra'"),
+        ("train", (*SMOKE, "--config.base.name=tinyrandom"), "did you mean 'tiny-random'"),
+        ("train", (*SMOKE, "--config.data.task=family"), "family_relationships"),
+        ("train", (*SMOKE, "--config.sites.include=qproj"), "did you mean 'q_proj'"),
+        ("train", (*SMOKE, "--config.adapter.rank=99"), "rank=99"),
+        ("train", (*SMOKE, "--config.adapter.shards_per_vector=7"), "shards_per_vector=7"),
+        ("train", (*SMOKE, "--config.adapter.private_rank=3"), "private_rank=3"),
+        ("evaluate", (), "--adapter is missing"),
+        ("evaluate", ("--adapter=runs/never/adapter",), "no adapter at runs/never/adapter"),
+        ("generate", ("--base=tiny-random",), "--prompt is missing"),
+        ("generate", ("--base=x.gguf", "--prompt=a"), "unknown base 'x.gguf'"),
+        ("export", ("--adapter=runs/never/adapter",), "--out is missing"),
+        ("export", ("--format=pickle",), "pickle"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(program, flags, words):
+    done = call(program, *flags, ok=False)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert words in done.stderr
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not (ROOT / "runs/never").exists()
+
+
+@pytest.mark.parametrize("program", ["train", "quickstart", "evaluate", "generate", "export"])
+def test_help_shows_a_command_to_copy_and_every_flag(program):
+    done = call(program, "--help", ok=False)
+    assert f"python experiments/{program}.py" in done.stdout
+    assert done.stdout.count("\n  --") >= 2
+
+
+def test_a_foreign_base_file_is_refused(tmp_path):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"not a model")
+    done = call("generate", f"--base={path}", "--prompt=a", ok=False)
+    assert done.returncode == 2
+    assert "model.gguf" in done.stderr
+
+
+def test_the_library_starts_without_reference_frameworks():
+    code = (
+        "import sys, mos_jax; "
+        "heavy = {'torch', 'transformers', 'peft', 'reasoning_gym', 'orbax', 'grain', "
+        "'tensorboardX'}; "
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert done.stdout.strip() == "[]"
