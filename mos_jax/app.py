@@ -28,11 +28,14 @@ def define_config(default: str) -> flags.FlagHolder:
     in those is answered here too.
     """
     try:
-        return config_flags.DEFINE_config_file(
+        holder = config_flags.DEFINE_config_file(
             "config", default, "The run; any field can be set: --config.training.steps=200."
         )
     except CONFIG_ERRORS as error:
         _leave(f"{_in_words(error)}; see --help", USER_ERROR)
+    # The flag is the program's own, though it is defined here: --help must show it.
+    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS["config"])
+    return holder
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
@@ -45,8 +48,8 @@ def _parse(argv: Sequence[str]) -> list[str]:
     try:
         rest = list(flags.FLAGS(list(argv)))
         # A config file that cannot be loaded shows only when its value is asked for.
-        for flag in flags.FLAGS.flags_by_module_dict().get(argv[0], []):
-            _ = getattr(flag.value, "keys", None)
+        if "config" in flags.FLAGS:
+            _ = dict(flags.FLAGS["config"].value or {})
     except CONFIG_ERRORS as error:
         _leave(f"{_in_words(error)}; see --help", USER_ERROR)
     if len(rest) > 1:

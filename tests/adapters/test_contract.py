@@ -22,6 +22,7 @@ from mos_jax.adapters.low_rank import LowRank
 from mos_jax.adapters.methods import METHODS, count_parameters, create_adapter, make_config
 from mos_jax.adapters.mos import MoSConfig
 from mos_jax.adapters.storage import load_adapter, save_adapter
+from mos_jax.errors import InputError
 from tests.adapters.fixtures_adapters import (
     MODEL_LAYERS,
     SITES,
@@ -126,14 +127,13 @@ def test_factors_of_one_block_are_its_rows_of_all_or_have_scale_0(name, layers):
                 assert f.scale == 0
 
 
-@pytest.mark.xfail(strict=True, reason="without selected layers an index is clamped or wraps")
 @pytest.mark.parametrize("layer", [3, -1, 99])
-def test_a_block_that_does_not_exist_is_refused_or_has_scale_0(name, layer):
-    try:
-        factors = built(name).factors(layer)
-    except (IndexError, ValueError):
-        return
-    assert factors["q_proj"].scale == 0
+def test_a_block_that_does_not_exist_is_refused(name, layer):
+    with pytest.raises(InputError, match=f"block {layer} does not exist; .* from 0 to 2"):
+        built(name).factors(layer)
+    if layer < 0:
+        with pytest.raises(InputError, match=f"block {layer} does not exist"):
+            built(name, layers=True).factors(layer)
 
 
 def test_scan_over_blocks_equals_apply_block_by_block(name):
@@ -160,6 +160,16 @@ def test_the_count_is_the_size_of_the_params_and_is_known_from_shapes(name, laye
     assert sum(by_site.values()) == adapter.count_trained()
     assert count_parameters(CONFIGS[name], adapter.sites) == by_site
     assert {array.dtype for array in arrays.values()} == {np.dtype("float32")}
+
+
+def test_what_belongs_to_no_single_site_type_is_counted_as_shared(name):
+    adapter = create_adapter(CONFIGS[name], SITES, jax.random.key(0))
+    own = adapter.count_trained_by_site()
+    adapter.bank = nnx.Dict(vectors=nnx.Param(np.zeros((4, 8), np.float32)))
+    adapter.banks = nnx.Dict(q_proj=nnx.Dict(vectors=nnx.Param(np.zeros((2, 8), np.float32))))
+    counts = adapter.count_trained_by_site()
+    assert counts == {**own, "q_proj": own["q_proj"] + 16, "shared": 32}
+    assert sum(counts.values()) == adapter.count_trained()
 
 
 def test_every_trained_array_gets_a_gradient_and_one_step_changes_nothing_else(name):

@@ -5,6 +5,7 @@ import pytest
 
 from mos_jax.adapters.low_rank import LowRank
 from mos_jax.adapters.strictness import strict
+from mos_jax.errors import InputError
 
 # Blocks, rank, both widths, rows of inputs.
 L, R, H, D, N = 3, 2, 5, 4, 6
@@ -124,20 +125,38 @@ def test_for_all_layers_puts_each_block_in_its_place_and_zeros_elsewhere():
     np.testing.assert_array_equal(spread.merge(weight), factors.merge(weight))
 
 
-@pytest.mark.xfail(strict=True, reason="JAX drops or clamps what is out of range")
 @pytest.mark.parametrize("blocks", [1, 3, 4])
 def test_blocks_that_do_not_exist_are_refused(blocks):
     factors = all_blocks(layers=(1, 2, 4))
-    with pytest.raises(ValueError, match="4"):
+    message = rf"the blocks \[1, 2, 4\], do not fit weights with \[{blocks}\]"
+    with pytest.raises(InputError, match=message):
         factors.for_all_layers(blocks)
-    with pytest.raises(ValueError, match="4"):
-        factors.merge(jnp.ones((blocks, H, D)))
+    with pytest.raises(InputError, match=message):
+        factors.merge(np.ones((blocks, H, D), np.float32))
 
 
-@pytest.mark.xfail(strict=True, reason="num_layers is ignored when layers is None")
-def test_for_all_layers_refuses_another_number_of_blocks():
-    with pytest.raises(ValueError, match="7"):
-        all_blocks().for_all_layers(7)
+@pytest.mark.parametrize("blocks", [1, 2, 7])
+def test_another_number_of_blocks_is_refused(blocks):
+    message = rf"leading axes \[3\] do not fit weights with \[{blocks}\]"
+    with pytest.raises(InputError, match=message):
+        all_blocks().for_all_layers(blocks)
+    with pytest.raises(InputError, match=message):
+        all_blocks().merge(np.ones((blocks, H, D), np.float32))
+
+
+def test_one_block_is_not_spread_or_merged_as_several():
+    one = one_block()
+    placed = LowRank(one.a, one.b, one.scale, (1,))
+    for factors, blocks in ((one, [L]), (placed, [L]), (placed, []), (all_blocks((0, 1, 2)), [])):
+        with pytest.raises(InputError, match=rf"do not fit weights with \[{L if blocks else ''}\]"):
+            factors.merge(np.ones((*blocks, H, D), np.float32))
+    with pytest.raises(InputError, match=r"leading axes \[\] do not fit"):
+        one.for_all_layers(L)
+
+
+def test_delta_is_computed_in_full_fp32_on_every_device():
+    # GPUs and TPUs would multiply fp32 in a shorter format.
+    assert "HIGHEST" in str(jax.make_jaxpr(LowRank.delta)(one_block()))
 
 
 def test_for_all_layers_of_all_layers_changes_nothing():

@@ -8,6 +8,7 @@ from mos_jax.adapters.routing import (
     check_table,
     checksum,
     count_idle,
+    draw_normals,
     draw_tables,
     expected_idle_share,
 )
@@ -129,6 +130,22 @@ def test_the_generator_has_not_changed():
     table_a, table_b = draw_tables(LAYOUT, "q_proj", 7, True)
     assert table_a[0].tolist() == GOLDEN_FIRST_BLOCK
     assert checksum({"a": table_a, "b": table_b}) == GOLDEN_CHECKSUM
+
+
+def test_normals_are_standard_normal_and_their_generator_has_not_changed():
+    golden = [[-1.75290520, -1.74467119, -0.74092348], [0.04693968, -0.30126593, -0.33404890]]
+    np.testing.assert_allclose(draw_normals((2, 3), "q_proj", 7), golden, atol=1e-8)
+    drawn = draw_normals((200, 100), "q_proj", 0)
+    assert abs(drawn.mean()) < 5 / np.sqrt(drawn.size)
+    assert abs(drawn.std() - 1) < 0.03
+    for width, share in ((0.5, 0.3829), (1, 0.6827), (2, 0.9545), (3, 0.9973)):
+        assert np.mean(np.abs(drawn) < width) == pytest.approx(share, abs=0.02)
+    assert abs(np.corrcoef(drawn[:, :-1].ravel(), drawn[:, 1:].ravel())[0, 1]) < 0.04
+
+
+def test_normals_differ_by_seed_and_type():
+    draws = [draw_normals((4, 4), name, seed) for name in ("q_proj", "k_proj") for seed in (0, 1)]
+    assert np.unique(draws).size == 4 * 16
 
 
 def test_any_shard_lands_in_any_position_equally_often():

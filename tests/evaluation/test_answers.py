@@ -11,6 +11,7 @@ from mos_jax.data.load import load_data
 from mos_jax.evaluation.answers import evaluate, generate_answers, teacher_forced
 from mos_jax.evaluation.compare import compare
 from mos_jax.evaluation.loss import token_losses
+from mos_jax.models.decoder import Decoder
 from mos_jax.models.generation import Sampling, generate
 from tests.models.fixtures_decoder import filled_adapter
 
@@ -54,8 +55,11 @@ def test_exact_match_is_greedy_decoding_with_its_end_of_turn(base, data):
 
 
 def test_a_model_that_predicts_every_target_is_right(data):
-    class Oracle:
+    class Oracle(Decoder):
         """Predicts each next token of the row with near certainty."""
+
+        def __init__(self):
+            pass
 
         def hidden(self, tokens, *_args, **_kwargs):
             return jax.nn.one_hot(np.roll(np.asarray(tokens), -1, axis=1), 320) * 50.0

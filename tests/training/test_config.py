@@ -34,6 +34,7 @@ def test_the_quickstart_is_what_the_readme_says():
     run = RunConfig.from_mapping(load(ROOT / "configs/quickstart.py").get_config().to_dict())
     assert run.base.name == "smollm2-135m-instruct"
     assert run.data.task == "family_relationships"
+    assert run.data.test_examples is not None
     assert run.data.test_examples >= 256
 
 

@@ -1,6 +1,7 @@
 """A run that is killed, stopped or starved goes on as if nothing had happened."""
 
 import errno
+import io
 import json
 import os
 import signal
@@ -80,7 +81,7 @@ def test_killed_again_and_again_it_ends_with_bitwise_the_same_adapter(
     assert without_speed(records(workdir)) == without_speed(records(uninterrupted))
 
 
-def test_sigterm_saves_and_says_so_and_the_rest_follows(tmp_path, train_path):
+def test_sigterm_saves_and_says_so_and_the_rest_follows(tmp_path, train_path, monkeypatch):
     """In this process: the handler is the loop's, the signal is real."""
     stop = tiny_run(train_path, dropout=0.1)
     seen = []
@@ -92,12 +93,10 @@ def test_sigterm_saves_and_says_so_and_the_rest_follows(tmp_path, train_path):
             if step == 2:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-    original, loop.Reporter = loop.Reporter, Killer
-    try:
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "Reporter", Killer)
         with pytest.raises(Stopped, match=r"SIGTERM: saved step \d of 6 in .*the same") as stopped:
             train(stop, tmp_path / "run", QUIET)
-    finally:
-        loop.Reporter = original
     assert stopped.value.status == 128 + signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     saved = [int(p.name) for p in (tmp_path / "run/checkpoints").iterdir()]
@@ -163,16 +162,15 @@ def test_a_finished_run_returns_its_summary_without_touching_anything(
 
 
 def test_another_config_is_refused_and_more_steps_are_not(tmp_path, train_path):
-    said = []
-    console = Console(quiet=True)
-    console.print = lambda text, **_: said.append(str(text))
+    console = Console(record=True, width=200, file=io.StringIO())
     train(tiny_run(train_path, steps=2), tmp_path / "run", QUIET)
     with pytest.raises(InputError, match=r"learning_rate was 0.003, now 0.1"):
         train(tiny_run(train_path, steps=2, learning_rate=0.1), tmp_path / "run", QUIET)
     summary = train(tiny_run(train_path, steps=4), tmp_path / "run", console)
     assert summary["steps"] == 4
-    assert any("training.steps: 2 -> 4" in line for line in said)
-    assert any("schedule" in line for line in said)
+    said = console.export_text()
+    assert "training.steps: 2 -> 4" in said
+    assert "schedule" in said
     assert [r["step"] for r in records(tmp_path / "run")] == [1, 2, 3, 4]
     with pytest.raises(InputError, match=r"is at step 4, beyond training\.steps=3"):
         train(tiny_run(train_path, steps=3), tmp_path / "run", QUIET)
