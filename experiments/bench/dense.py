@@ -75,9 +75,10 @@ class JaxDense:
         compiled = jax.jit(step).lower(*arguments).compile()
         seconds = time.perf_counter() - start
         self._calls[name] = compiled, arguments
+        memory: Any = compiled.memory_analysis()
         return {
-            "compile_seconds": seconds,
-            "temp_bytes": compiled.memory_analysis().temp_size_in_bytes,
+            "start_seconds": seconds,
+            "temp_bytes": memory.temp_size_in_bytes,
             "flops": count_flops(jax.make_jaxpr(step)(*arguments)),
             "loss": float(compiled(*arguments)[0]),
         }

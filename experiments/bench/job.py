@@ -74,7 +74,7 @@ class OurJob:
         room = len(self._plan) * layout.rows * layout.width
         facts = {
             "loss": loss,
-            "warm_up_seconds": seconds,
+            "start_seconds": seconds,
             "examples": len(examples),
             "steps": len(self._plan),
             "planning_seconds": self._planning_seconds() * len(examples) / len(train),

@@ -10,6 +10,7 @@ import dataclasses
 import os
 import tempfile
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,13 +34,18 @@ from mos_jax.models.config import DecoderConfig
 from mos_jax.training.config import RunConfig
 
 IGNORED = -100
+# Of transformers and PEFT about one another.
+warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 def transformers_model(base: Base) -> Any:
     """The base as a LlamaForCausalLM."""
     config, model = base.config, base.model
     # transformers holds [d_out, d_in]; its RoPE rotates halves, as here.
-    weights = {"model.embed_tokens.weight": model.embed, "model.norm.weight": model.final_norm}
+    weights: dict[str, Any] = {
+        "model.embed_tokens.weight": model.embed,
+        "model.norm.weight": model.final_norm,
+    }
     for layer in range(config.num_layers):
         prefix = f"model.layers.{layer}"
         weights[f"{prefix}.input_layernorm.weight"] = model.blocks["attn_norm"][layer]

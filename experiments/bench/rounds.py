@@ -52,11 +52,14 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def ratio(
-    above: Sequence[float], below: Sequence[float], at_most: float | None = None, **fields: Any
+    above: Sequence[float],
+    below: Sequence[float],
+    at_most: float | None = None,
+    at_least: float | None = None,
 ) -> dict[str, Any]:
     """The spread of the ratios of each round, beside the bound it is held to."""
     each = [a / b for a, b in zip(above, below, strict=True)]
-    return {**spread(each), "rounds": each, "at_most": at_most, **fields}
+    return {**spread(each), "rounds": each, "at_most": at_most, "at_least": at_least}
 
 
 def check_losses(found: Mapping[str, Mapping[str, Any]]) -> None:

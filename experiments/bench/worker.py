@@ -35,19 +35,19 @@ class Side(Protocol):
 class Worker:
     """A process that holds one side; a context manager, which ends it."""
 
-    def __init__(self, side: str, threads: int, **arguments: Any):
+    def __init__(self, side: str, cpus: int, **arguments: Any):
         """Starts the process.
 
         Args:
           side: "module:Class" of a `Side`, imported only there.
-          threads: CPUs that the process may use.
+          cpus: how many of them the process may use.
           **arguments: of the class.
         """
         self._side = side
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(
-            target=_serve, args=(theirs, side, threads, arguments), daemon=True
+            target=_serve, args=(theirs, side, cpus, arguments), daemon=True
         )
         self._process.start()
         theirs.close()
@@ -90,12 +90,12 @@ class Worker:
         return answer
 
 
-def _serve(pipe: Connection, name: str, threads: int, arguments: dict[str, Any]) -> None:
+def _serve(pipe: Connection, name: str, cpus: int, arguments: dict[str, Any]) -> None:
     # Ctrl-C goes to the whole group; the parent ends its children.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(os, "sched_setaffinity"):
         # Before any library counts the CPUs.
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cpus])
     module, _, attribute = name.partition(":")
     side: Side | None = None
     while True:

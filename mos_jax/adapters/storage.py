@@ -85,7 +85,7 @@ def adapter_arrays(adapter: Adapter) -> dict[str, np.ndarray]:
 
 
 def with_arrays(adapter: Adapter, arrays: Mapping[str, np.ndarray]) -> Adapter:
-    """Returns the adapter with all its arrays replaced by those of `arrays`.
+    """Returns the adapter, which may be an abstract one, with all its arrays those of `arrays`.
 
     Raises:
       InputError: for missing, extra or misshapen arrays, other dtypes, values that are not
@@ -101,7 +101,7 @@ def with_arrays(adapter: Adapter, arrays: Mapping[str, np.ndarray]) -> Adapter:
             f"missing {', '.join(missing) or 'none'}; extra {', '.join(extra) or 'none'}"
         )
     for name, path in wanted.items():
-        have, want = arrays[name], flat[path][...]
+        have, want = arrays[name], flat[path].get_value()
         if have.shape != want.shape or have.dtype != want.dtype:
             raise InputError(
                 f"array {name!r} must be {want.dtype} {want.shape}, got {have.dtype} {have.shape}"
@@ -265,8 +265,9 @@ def load_adapter(
         )
     arrays = _read_arrays(path, card)
     config = make_config(card.method, card.config)
-    # The key is irrelevant: every array is replaced by the stored one.
-    adapter = with_arrays(create_adapter(config, card.sites, jax.random.key(0)), arrays)
+    # Shapes only, and any key: every array is the stored one.
+    shapes = jax.eval_shape(lambda key: create_adapter(config, card.sites, key), jax.random.key(0))
+    adapter = with_arrays(shapes, arrays)
     found = _routing_checksum(adapter)
     if found != card.routing_checksum:
         raise InputError(

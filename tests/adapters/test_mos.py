@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import nnx
 
@@ -379,20 +378,16 @@ def summed_loss(adapter, x, y):
     return loss
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def one_step(optimizer, adapter, x, y):
+@functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+def one_step(adapter, x, y):
     graphdef, params, rest = split_trained(adapter)
 
     def loss(params):
         return summed_loss(nnx.merge(graphdef, params, rest), x, y)
 
     before, gradients = jax.value_and_grad(loss)(params)
-    updates, _ = optimizer.update(gradients, optimizer.init(params), params)
-    params = optax.apply_updates(params, updates)
+    params = jax.tree.map(lambda value, gradient: value - 1e-4 * gradient, params, gradients)
     return before, loss(params), nnx.merge(graphdef, params, rest)
-
-
-ADAMW = optax.adamw(1e-2)
 
 
 class TestStrategies:
@@ -408,7 +403,7 @@ class TestStrategies:
             e, 3 if selection else None, shards, p, subset_selection=selection,
             pair_dissociation=dissociation,
         )  # fmt: skip
-        adapter = build(config)
+        adapter = randomised(build(config))
         assert adapter.count_trained() == sum(
             e * site.num_layers * (site.d_in + site.d_out) for site in SITES.values()
         )
@@ -428,7 +423,7 @@ class TestStrategies:
             n: random.normal(size=(s.num_layers, 6, s.d_out)).astype(np.float32)
             for n, s in SITES.items()
         }
-        before, after, stepped = one_step(ADAMW, adapter, x, y)
+        before, after, stepped = one_step(adapter, x, y)
         assert after < before
         old, new = trained_arrays(adapter), trained_arrays(stepped)
         assert all(np.any(old[name] != new[name]) for name in old)

@@ -21,6 +21,7 @@ from safetensors.numpy import load_file, save_file
 from safetensors.numpy import save as format_safetensors
 
 from mos_jax.adapters import routing, storage
+from mos_jax.adapters.adapter import Frozen
 from mos_jax.adapters.lora import LoRAConfig
 from mos_jax.adapters.methods import create_adapter
 from mos_jax.adapters.mos import MoSConfig
@@ -607,7 +608,7 @@ class TestSavingSafely:
             save_adapter(folder, diverged)
         assert_same_arrays(load_adapter(folder), adapter)
         misrouted = randomised(adapter, seed=5)
-        misrouted.table_a["q_proj"][...] = misrouted.table_a["q_proj"][...] + 99
+        misrouted.table_a["q_proj"] = Frozen(misrouted.table_a["q_proj"][...] + 99)
         with pytest.raises(InputError, match=r"table_a/q_proj: block 0 .* outside"):
             save_adapter(folder, misrouted)
         assert_same_arrays(load_adapter(folder), adapter)
