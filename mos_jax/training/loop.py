@@ -25,7 +25,7 @@ from mos_jax.evaluation.answers import Evaluation, evaluate, generate_answers
 from mos_jax.evaluation.compare import compare
 from mos_jax.training.checkpoint import Checkpoints
 from mos_jax.training.config import RunConfig
-from mos_jax.training.metrics import Reporter
+from mos_jax.training.metrics import Reporter, check_logging
 from mos_jax.training.session import Session
 from mos_jax.training.workdir import WorkDir
 
@@ -68,8 +68,9 @@ def train(
     summary = folder.read_summary()
     if summary is not None and summary["steps"] == config.training.steps:
         return summary
+    check_logging(config.logging)
     session = Session.create(config)
-    with folder.lock():
+    with _disk_errors_in_words(folder), folder.lock():
         for change in changes:
             console.print(f"resuming with a change: {change}", highlight=False, markup=False)
         if any(change.startswith("training.steps") for change in changes):
@@ -84,7 +85,10 @@ def train(
             run = _Run(session, folder, checkpoints, console)
             folder.write_config(resolved)
             folder.remove_summary()
-            return run.finish(run.loop())
+            try:
+                return run.finish(run.loop())
+            finally:
+                run.loader.close()
         finally:
             checkpoints.close()
 
@@ -269,6 +273,18 @@ def describe(found: Evaluation) -> str:
 
 def _count_tokens(batch: Batch) -> int:
     return int((batch.segments > 0).sum())
+
+
+@contextmanager
+def _disk_errors_in_words(folder: WorkDir) -> Iterator[None]:
+    """What was saved before a disk filled up stays; the user needs no trace to mend it."""
+    try:
+        yield
+    except OSError as error:
+        raise RunEnded(
+            f"{folder.path} cannot be written ({error}); what was saved there before is kept. "
+            "Mend that and run the same command again"
+        ) from error
 
 
 @contextmanager

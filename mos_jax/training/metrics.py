@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import time
@@ -148,15 +149,20 @@ def _open_tensorboard(workdir: Path, first_step: int) -> Any:
     return SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
 
 
+def check_logging(config: LoggingSection) -> None:
+    """Raises InputError if a package that the configuration asks for is missing."""
+    if config.wandb_project and importlib.util.find_spec("wandb") is None:
+        raise InputError(
+            f"logging.wandb_project is {config.wandb_project!r}, but wandb is not installed; "
+            "pip install 'mos_jax[wandb]', or leave the field empty"
+        )
+
+
 def _open_wandb(workdir: Path, project: str, run_config: Mapping[str, Any]) -> Any:
     if not project:
         return None
-    try:
-        import wandb
-    except ImportError:
-        raise InputError(
-            "logging.wandb_project is set but wandb is not installed; pip install 'mos_jax[wandb]'"
-        ) from None
+    import wandb
+
     return wandb.init(
         project=project, dir=str(workdir), config=dict(run_config), id=workdir.name, resume="allow"
     )

@@ -187,6 +187,30 @@ def test_bad_input_writes_nothing(tmp_path, train_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_logger_that_is_missing_is_said_before_anything_is_written(
+    tmp_path, train_path, monkeypatch
+):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    mapping = tiny_mapping(train_path)
+    mapping["logging"]["wandb_project"] = "mine"
+    with pytest.raises(InputError, match=r"'mine', but wandb is not installed"):
+        train(loop.RunConfig.from_mapping(mapping), tmp_path / "run", QUIET)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_disk_that_fills_up_at_the_end_keeps_the_training(tmp_path, train_path, monkeypatch):
+    def full(*_args, **_kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    run = tiny_run(train_path, steps=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "save_adapter", full)
+        with pytest.raises(loop.RunEnded, match=r"No space left.*is kept"):
+            train(run, tmp_path / "run", QUIET)
+    assert train(run, tmp_path / "run", QUIET)["steps"] == 2
+    assert [r["step"] for r in records(tmp_path / "run")] == [1, 2]
+
+
 def test_two_runs_in_one_folder_refuse_each_other(tmp_path, train_path):
     folder = loop.WorkDir(tmp_path / "run")
     with folder.lock(), pytest.raises(InputError, match="another run is at work"):

@@ -1,3 +1,8 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -168,3 +173,18 @@ def test_clipping_bounds_what_the_optimiser_sees(clip_norm, norm):
     # After one step the first moment is (1 - b1) times the gradient.
     moment = optax.tree_utils.tree_get(state, "mu")
     assert float(optax.tree.norm(moment)) == pytest.approx(0.1 * norm, rel=1e-5)
+
+
+def test_the_step_holds_without_the_graph_mode_of_nnx():
+    tree_mode = {"NNX_GRAPH_MODE": "false", "NNX_GRAPH_UPDATES": "false", "PYTEST_ADDOPTS": ""}
+    chosen = "ss1-pd1-vs2-sp1 or ss0-pd0-vs1-sp0 or accumulated or private_rank or frozen"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, __file__],
+        env=os.environ | tree_mode,
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "5 passed" in done.stdout
