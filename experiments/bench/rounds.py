@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
 import platform
 import statistics
@@ -65,8 +66,8 @@ def ratio(
 def check_losses(found: Mapping[str, Mapping[str, Any]]) -> None:
     """Raises RunEnded if the contestants do not compute the same loss before any step."""
     losses = {name: facts["loss"] for name, facts in found.items()}
-    # Written so that a loss that is not a number fails.
-    if not max(losses.values()) - min(losses.values()) <= LOSS_TOLERANCE:
+    apart = max(losses.values()) - min(losses.values())
+    if not all(map(math.isfinite, losses.values())) or apart > LOSS_TOLERANCE:
         raise RunEnded(f"losses on the same batch differ by over {LOSS_TOLERANCE}: {losses}")
 
 

@@ -29,8 +29,7 @@ from mos_jax.adapters.methods import METHODS, create_adapter, make_config
 from mos_jax.adapters.mos import MoS
 from mos_jax.adapters.sites import SiteShape, check_sites
 from mos_jax.errors import InputError
-from mos_jax.files import fresh_folder
-from mos_jax.files import write_file as _write
+from mos_jax.files import fresh_folder, write_file
 
 FORMAT = "mos_jax.adapter"
 FORMAT_VERSION = 1
@@ -170,8 +169,8 @@ def save_adapter(
     except (TypeError, ValueError) as error:
         raise InputError(f"metadata must be JSON values ({error}), got {metadata!r}") from None
     with fresh_folder(path) as fresh:
-        _write(fresh / ARRAYS_FILE, payload)
-        _write(fresh / CARD_FILE, text.encode())
+        write_file(fresh / ARRAYS_FILE, payload)
+        write_file(fresh / CARD_FILE, text.encode())
     return path
 
 

@@ -73,16 +73,18 @@ class Reporter:
             TextColumn("training"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.4f}"),
-            TextColumn("{task.fields[speed]:.0f} tokens/s"),
-            TimeRemainingColumn(elapsed_when_finished=True),
-            TextColumn("left", style="dim"),
+            TextColumn("{task.fields[status]}"),
+            TimeRemainingColumn(),
+            TextColumn("left"),
             console=console,
             disable=not console.is_terminal,
             transient=False,
         )
         self._task = self._bar.add_task(
-            "training", total=total_steps, completed=first_step, loss=float("nan"), speed=0.0
+            "training",
+            total=total_steps,
+            completed=first_step,
+            status="compiling the step",
         )
         self._last = time.perf_counter()
         self._speed = 0.0
@@ -117,15 +119,13 @@ class Reporter:
         # The first step holds the compilation; it must not colour the average.
         self._speed = speed if self._speed == 0.0 or step <= 2 else 0.9 * self._speed + 0.1 * speed
         self._last = now
-        self._bar.update(self._task, completed=step, loss=metrics["loss"], speed=self._speed)
+        status = f"loss {metrics['loss']:.4f}  {self._speed:.0f} tokens/s"
+        self._bar.update(self._task, completed=step, status=status)
         if not self._console.is_terminal and (
             step == 1 or step % self._config.every == 0 or step == self._total
         ):
             left = tokens * (self._total - step) / max(self._speed, 1e-9)
-            self.say(
-                f"step {step}/{self._total}  loss {metrics['loss']:.4f}  "
-                f"{self._speed:.0f} tokens/s  {left:.0f} s left"
-            )
+            self.say(f"step {step}/{self._total}  {status}  {left:.0f} s left")
         self._write({"step": step, **metrics, "tokens_per_second": speed})
 
     def say(self, text: str) -> None:

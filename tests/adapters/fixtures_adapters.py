@@ -1,5 +1,6 @@
 """Small sites and plain NumPy loops that the tests of adapters compare with."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,6 +15,11 @@ SITES = {"q_proj": SiteShape(3, 8, 12), "down_proj": SiteShape(3, 8, 4)}
 # The same with only three of the model's five blocks adapted.
 SOME_LAYERS = {name: SiteShape(3, site.d_in, site.d_out, (0, 2, 3)) for name, site in SITES.items()}
 MODEL_LAYERS = 5
+
+
+def quick_jit(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`jax.jit` for what is exact, or compared with a tolerance, however well XLA optimises it."""
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def split_trained(adapter: Adapter) -> Any:

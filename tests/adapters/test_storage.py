@@ -161,7 +161,7 @@ class TestRoundTrip:
         base["k_proj"] = SiteShape(MODEL_LAYERS, 8, 8)
         assert load_adapter(folder, sites=base).sites == SOME_LAYERS
 
-    @hypothesis.settings(max_examples=6, deadline=None)
+    @hypothesis.settings(max_examples=5, deadline=None)
     @hypothesis.given(data=st.data())
     def test_any_small_adapter_comes_back_bitwise(self, data):
         e = data.draw(st.integers(1, 3), "e")
@@ -192,9 +192,6 @@ class TestRoundTrip:
             loaded = load_adapter(save_adapter(Path(folder) / "adapter", adapter))
         assert (loaded.config, loaded.sites) == (config, sites)
         assert_same_arrays(loaded, adapter)
-        np.testing.assert_array_equal(
-            loaded.factors()["odd name.0"].a, adapter.factors()["odd name.0"].a
-        )
 
 
 class TestAnotherBase:
@@ -474,7 +471,7 @@ class TestSavingSafely:
         self, adapter, folder, monkeypatch, failing
     ):
         calls = []
-        write = storage._write
+        write = storage.write_file
 
         def full(file, payload):
             calls.append(file)
@@ -483,7 +480,7 @@ class TestSavingSafely:
                 raise OSError(errno.ENOSPC, "No space left on device")
             write(file, payload)
 
-        monkeypatch.setattr(storage, "_write", full)
+        monkeypatch.setattr(storage, "write_file", full)
         before = self.files(folder)
         with pytest.raises(OSError, match="No space left"):
             save_adapter(folder, randomised(adapter, seed=5))
@@ -496,7 +493,7 @@ class TestSavingSafely:
         def full(file, payload):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr(storage, "_write", full)
+        monkeypatch.setattr(storage, "write_file", full)
         with pytest.raises(OSError, match="No space left"):
             save_adapter(tmp_path / "new", adapter)
         assert list(tmp_path.iterdir()) == []
@@ -510,7 +507,7 @@ class TestSavingSafely:
             {"metadata": ["a"]},
             {"base_fingerprint": 3},
         ],
-        ids=str,
+        ids=["object", "nan", "tuple-key", "list", "fingerprint"],
     )
     def test_what_a_card_cannot_hold_is_refused_and_leaves_nothing(
         self, adapter, tmp_path, arguments

@@ -20,8 +20,10 @@ from mos_jax.adapters.sites import SiteShape
 from mos_jax.errors import InputError
 from mos_jax.interop.peft import export_peft, read_peft_factors
 from mos_jax.interop.peft_config import find_alpha
-from tests.adapters.fixtures_adapters import SITES, SOME_LAYERS, randomised
+from tests.adapters.fixtures_adapters import randomised
 
+SITES = {"q_proj": SiteShape(3, 8, 8), "down_proj": SiteShape(3, 12, 4)}
+SOME_LAYERS = {n: SiteShape(3, s.d_in, s.d_out, (0, 2, 3)) for n, s in SITES.items()}
 BASE_SITES = {**SITES, "up_proj": SiteShape(3, 8, 12)}
 DEEP_SITES = {name: SiteShape(5, site.d_in, site.d_out) for name, site in BASE_SITES.items()}
 METHODS = {

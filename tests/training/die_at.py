@@ -48,7 +48,7 @@ def main(train_path, workdir, moment, delay_ms="0"):
             Checkpoints, "save", lambda _, state, *__: int(state.step) == int(number), timer.start
         )
     elif kind == "adapter":
-        before(storage, "_write", lambda file, _: Path(file).name == storage.CARD_FILE, die)
+        before(storage, "write_file", lambda file, _: Path(file).name == storage.CARD_FILE, die)
     elif kind == "summary":
         before(WorkDir, "write_summary", lambda *_: True, die)
     run = tiny_run(train_path, dropout=0.1)
