@@ -16,7 +16,8 @@ JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -gt 4 ] && echo 4 || ec
 ARGS ?=
 
 SETUP := PYTHON="$(PYTHON)" sh tools/setup.sh
-PYTEST := $(PY) -m pytest -n $(JOBS)
+# A file stays on one process, since its tests share what its fixtures trained.
+PYTEST := $(PY) -m pytest -n $(JOBS) --dist loadfile
 CODE := mos_jax experiments configs tests tools
 
 .PHONY: help setup interop quickstart test parity lint format bench wheel clean distclean

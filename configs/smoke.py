@@ -17,6 +17,7 @@ def get_config(method: str = "mos") -> ConfigDict:
     config.data.train_examples = 64
     config.data.validation_examples = 8
     config.data.test_examples = 8
+    config.data.sequence_length = 512
     config.data.batch_size = 2
     config.training.steps = 8
     config.evaluation.every = 4

@@ -3,8 +3,8 @@
 Tests run on four CPU devices, so that shardings are real. To run them elsewhere, set
 JAX_PLATFORMS (and JAX_NUM_CPU_DEVICES) before calling pytest.
 
-Outside CI, what was compiled is kept for the next run, which then takes less than half the time.
-JAX_ENABLE_COMPILATION_CACHE=false turns that off; `make clean` empties the cache.
+What was compiled is kept: for the programs that the tests start again and again, and for the next
+run. JAX_ENABLE_COMPILATION_CACHE=false turns that off; `make clean` empties the cache.
 """
 
 import os
@@ -13,19 +13,15 @@ from pathlib import Path
 
 import hypothesis
 
+CACHE = Path(__file__).parent.parent / ".pytest_cache" / "jax"
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "JAX_NUM_CPU_DEVICES": "4",
+    "JAX_COMPILATION_CACHE_DIR": str(CACHE),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+    # With a limit, JAX locks the cache: processes can share it.
+    "JAX_COMPILATION_CACHE_MAX_SIZE": str(1 << 30),
 }
-
-CACHE = Path(__file__).parent.parent / ".pytest_cache" / "jax"
-if not os.environ.get("CI"):
-    ENVIRONMENT |= {
-        "JAX_COMPILATION_CACHE_DIR": str(CACHE),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
-        # With a limit, JAX locks the cache: processes can share it.
-        "JAX_COMPILATION_CACHE_MAX_SIZE": str(1 << 30),
-    }
 
 if "jax" in sys.modules:
     raise RuntimeError("JAX was imported before tests/conftest.py could choose its devices")

@@ -22,12 +22,14 @@ BASE_AT_MOST, LORA_AT_MOST, PEFT_AT_MOST = 1.15, 1.05, 0.9
 JOB_AT_LEAST = 1.5
 
 SPREAD = ("median", "min", "max")
-# Where a contestant lacks the fact, its cell stays empty. What the start takes (compiling, or the
+# Where a contestant lacks the fact, its cell stays empty. `others` is the most that other programs
+# took of the processors in a round that counts. What the start takes (compiling, or the
 # first step with it) is in no other figure.
 COLUMNS: dict[str, Callable[[Facts], str]] = {
     "median s": lambda facts: f"{facts['seconds']['median']:.3f}",
     "min": lambda facts: f"{facts['seconds']['min']:.3f}",
     "max": lambda facts: f"{facts['seconds']['max']:.3f}",
+    "others": lambda facts: f"{facts['others']['max']:.0%}",
     "ex/s": lambda facts: f"{facts['examples_per_second']['median']:.2f}",
     "padding": lambda facts: f"{facts['padding_share']:.1%}",
     "start s": lambda facts: f"{facts['start_seconds']:.1f}",
@@ -81,12 +83,12 @@ def compare_dense(
                 threads=threads,
             )
         )
-        facts, times = _play([ours, theirs], rounds, say)
+        facts, times, others = _play([ours, theirs], rounds, say)
     best = _fastest(times, "peft")
     temp = {name: [found["temp_bytes"]] for name, found in facts.items() if "temp_bytes" in found}
     return {
         "shape": sizes,
-        "contestants": _contestants(facts, times),
+        "contestants": _contestants(facts, times, others),
         "best_peft": best,
         "ratios": {
             "mos/base": ratio(times["mos"], times["base"], at_most=BASE_AT_MOST),
@@ -118,7 +120,7 @@ def compare_job(
                 threads=threads,
             )
         )
-        facts, times = _play([ours, theirs], rounds, say)
+        facts, times, others = _play([ours, theirs], rounds, say)
     planning = facts["mos"]["planning_seconds"]
     times["mos"] = [seconds + planning for seconds in times["mos"]]
     rates: Times = {
@@ -129,28 +131,28 @@ def compare_job(
     prefix = f"peft r={mos.rank} "
     compared = {name for name in times if name.startswith("peft")}
     best = _fastest(times, prefix)
-    others = sorted(compared - {best}, key=list(times).index)
-    found = _contestants(facts, times)
+    rest = sorted(compared - {best}, key=list(times).index)
+    found = _contestants(facts, times, others)
     for name, values in rates.items():
         found[name]["examples_per_second"] = spread(values)
     return {
         "contestants": found,
         "best_peft": best,
         "ratios": {f"mos/{best}": ratio(rates["mos"], rates[best], at_least=JOB_AT_LEAST)}
-        | {f"mos/{name}": ratio(rates["mos"], rates[name]) for name in others},
+        | {f"mos/{name}": ratio(rates["mos"], rates[name]) for name in rest},
     }
 
 
-def _play(workers: list[Worker], rounds: int, say: Say) -> tuple[dict[str, Facts], Times]:
+def _play(workers: list[Worker], rounds: int, say: Say) -> tuple[dict[str, Facts], Times, Times]:
     facts: dict[str, Facts] = {}
-    contestants = []
+    contestants: list[tuple[str, Worker]] = []
     for worker in workers:
         found = worker.prepare()
         facts |= found
         contestants += [(name, worker) for name in found]
     check_losses(facts)
     say(f"losses agree: {facts['mos']['loss']:.5f}; one warm-up round and {rounds} that count")
-    return facts, play(contestants, rounds, say)
+    return facts, *play(contestants, rounds, say)
 
 
 def _fastest(times: Times, prefix: str) -> str:
@@ -158,9 +160,13 @@ def _fastest(times: Times, prefix: str) -> str:
     return min(names, key=lambda name: statistics.median(times[name]))
 
 
-def _contestants(facts: dict[str, Facts], times: Times) -> dict[str, Any]:
+def _contestants(facts: dict[str, Facts], times: Times, others: Times) -> dict[str, Any]:
     return {
-        name: {**found, "seconds": {**spread(times[name]), "rounds": times[name]}}
+        name: {
+            **found,
+            "seconds": {**spread(times[name]), "rounds": times[name]},
+            "others": {**spread(others[name]), "rounds": others[name]},
+        }
         for name, found in facts.items()
     }
 

@@ -11,7 +11,9 @@ import multiprocessing
 import os
 import signal
 import traceback
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -30,6 +32,20 @@ class Side(Protocol):
     def run(self, contestant: str) -> float:
         """Does the contestant's work once; returns seconds."""
         ...
+
+
+@dataclass(frozen=True)
+class Run:
+    """One call of a contestant.
+
+    Attributes:
+      seconds: its time.
+      others: share of the machine's processor time that other programs took meanwhile, from 0 to
+        1; None where the system does not tell.
+    """
+
+    seconds: float
+    others: float | None
 
 
 class Worker:
@@ -71,9 +87,15 @@ class Worker:
         """Calls `Side.prepare` there."""
         return self._call("prepare")
 
-    def run(self, contestant: str) -> float:
+    def run(self, contestant: str) -> Run:
         """Calls `Side.run` there."""
-        return self._call("run", contestant)
+        before = _processor_ticks(self._process.pid)
+        seconds = self._call("run", contestant)
+        after = _processor_ticks(self._process.pid)
+        if before is None or after is None:
+            return Run(seconds, None)
+        total, idle, own = (b - a for a, b in zip(before, after, strict=True))
+        return Run(seconds, max(0.0, (total - idle - own) / max(total, 1)))
 
     def _call(self, *words: str) -> Any:
         try:
@@ -88,6 +110,17 @@ class Worker:
         if kind == "defect":
             raise RuntimeError(f"{self._side} failed:\n{answer}")
         return answer
+
+
+def _processor_ticks(process: int | None) -> tuple[int, int, int] | None:
+    """Ticks of all processors, of their idling, and of one process (Linux)."""
+    try:
+        every = [int(n) for n in Path("/proc/stat").read_text().partition("\n")[0].split()[1:9]]
+        # Behind the name, which is in brackets and may hold anything.
+        own = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return sum(every), every[3] + every[4], int(own[11]) + int(own[12])
 
 
 def _serve(pipe: Connection, name: str, cpus: int, arguments: dict[str, Any]) -> None:

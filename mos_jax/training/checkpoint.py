@@ -112,7 +112,9 @@ class Checkpoints:
         except (OSError, ValueError) as error:
             latest = self._whole_step()
             kept = "no checkpoint is left" if latest is None else f"step {latest} is kept"
-            what = "a checkpoint" if step is None else f"the checkpoint of step {step}"
+            what = (
+                "a checkpoint" if step is None else f"a checkpoint, at the latest of step {step},"
+            )
             raise RunEnded(
                 f"{what} could not be written ({' '.join(str(error).split())[:300]}); {kept} in "
                 f"{self._folder}. Free some space and run the same command again"

@@ -12,7 +12,7 @@ import pytest
 from configs import quickstart
 from experiments.bench.report import check_config
 from experiments.bench.rounds import check_losses, machine_facts, play, ratio
-from experiments.bench.worker import Worker
+from experiments.bench.worker import Run, Worker
 from mos_jax.errors import InputError, RunEnded
 from mos_jax.training.config import RunConfig
 
@@ -23,12 +23,13 @@ SCRIPT = ROOT / "experiments" / "bench_training.py"
 class Recorder:
     """Stands in for a worker: the k-th call in all takes k seconds."""
 
-    def __init__(self):
+    def __init__(self, others=()):
         self.calls = []
+        self.others = list(others)
 
     def run(self, contestant):
         self.calls.append(contestant)
-        return float(len(self.calls))
+        return Run(float(len(self.calls)), self.others.pop(0) if self.others else None)
 
 
 class Fragile:
@@ -50,9 +51,26 @@ class Fragile:
 
 def test_order_rotates_and_the_first_round_does_not_count():
     recorder = Recorder()
-    times = play([(name, recorder) for name in "abc"], 3, lambda text: None)
+    times, others = play([(name, recorder) for name in "abc"], 3, lambda text: None)
     assert recorder.calls == list("abc" + "bca" + "cab" + "abc")
     assert times == {"a": [6.0, 8.0, 10.0], "b": [4.0, 9.0, 11.0], "c": [5.0, 7.0, 12.0]}
+    assert others == {name: [0.0] * 3 for name in "abc"}
+
+
+@pytest.mark.parametrize(
+    ("others", "calls", "counted"),
+    [
+        ([0.9, 0.01], 2, 2.0),  # the warm-up round is never repeated
+        ([0.0, 0.3, 0.02], 3, 3.0),
+        ([0.0, 0.3, 0.2, 0.4], 4, 3.0),
+    ],
+)
+def test_disturbed_runs_are_repeated_and_the_least_disturbed_counts(others, calls, counted):
+    recorder = Recorder(others)
+    times, shares = play([("a", recorder)], 1, lambda text: None)
+    assert len(recorder.calls) == calls
+    assert times == {"a": [counted]}
+    assert shares == {"a": [others[int(counted) - 1]]}
 
 
 def test_ratios_are_taken_within_a_round():

@@ -20,11 +20,17 @@ def factors(decoder):
     return filled_adapter(decoder.sites).factors()
 
 
+@jax.jit
+def full_forward(decoder, tokens, factors):
+    return jnp.argmax(decoder(tokens, factors), axis=-1)
+
+
 def greedy_without_cache(decoder, prompt, steps, factors):
     ids = list(prompt)
     for _ in range(steps):
-        logits = decoder(jnp.asarray([ids], jnp.int32), factors)[0, -1]
-        ids.append(int(jnp.argmax(logits)))
+        # Filler behind the last token is invisible to it, and one length compiles once.
+        filled = jnp.asarray([ids + [0] * (40 - len(ids))], jnp.int32)
+        ids.append(int(full_forward(decoder, filled, factors)[0, len(ids) - 1]))
     return ids[len(prompt) :]
 
 
