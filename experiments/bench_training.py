@@ -8,8 +8,8 @@ Two parts. `dense`: forward and backward of 8 x 128 tokens to the adapter's grad
 position. `job`: the examples of the config from text to updated adapter, in examples per second,
 against transformers' Trainer with PEFT on the same examples. All in fp32 on CPU, in interleaved
 rounds; ratios are taken within a round. Run it on a quiet machine: torch's threads wait for each
-other by spinning, and lose much more time to other programs than JAX's do. Where other programs
-took more than 5% of the processors, a run is repeated, up to three times; the column "others" tells.
+other by spinning, and lose much more time to other programs than JAX's do. A run during which other
+programs took more than 5% of the processors is repeated, twice at most; see the column "others".
 """
 
 import json

@@ -105,7 +105,7 @@ def test_a_side_works_in_a_process_of_its_own_and_its_failures_arrive():
 
 def test_configs_that_the_other_side_cannot_follow_are_refused():
     config = quickstart.get_config()
-    assert check_config(RunConfig.from_mapping(config.to_dict())).rank == 8
+    assert check_config(RunConfig.from_mapping(config.to_dict())).rank == config.adapter.rank
     config.training.dropout = 0.1
     with pytest.raises(InputError, match=r"training\.dropout is 0\.1"):
         check_config(RunConfig.from_mapping(config.to_dict()))
