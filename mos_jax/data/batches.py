@@ -12,6 +12,9 @@ from mos_jax.data.packing import Layout, Row, lengths_of, pack_in_order, plan_ep
 from mos_jax.data.tokens import TokenExample
 from mos_jax.errors import InputError
 
+# Segment of a row's shared prefix: every later token of the row sees it.
+SHARED = -1
+
 
 class Batch(NamedTuple):
     """B rows of S tokens with room for M targets each; with accumulation, [A, B, ...].
@@ -21,7 +24,8 @@ class Batch(NamedTuple):
     Attributes:
         tokens: int32[B, S]; the padding id where nothing is.
         positions: int32[B, S]; from 0 in each example; 0 where nothing is.
-        segments: int32[B, S]; 1, 2, ... for the examples of a row; 0 where nothing is.
+        segments: int32[B, S]; 1, 2, ... for the examples of a row, -1 for the prefix that they
+            share; 0 where nothing is.
         loss_positions: int32[B, M]; the column whose hidden state predicts the target, which is
             the column before the target's.
         loss_targets: int32[B, M]; the id to be predicted.
@@ -76,17 +80,21 @@ def make_batch(
         A batch of shapes [count, S] and [count, M].
     """
     batch = empty_batch(layout, pad, len(rows) if count is None else count)
+    shared = len(layout.prefix)
     for r, row in enumerate(rows):
-        column = slot = 0
+        batch.tokens[r, :shared] = layout.prefix
+        batch.positions[r, :shared] = np.arange(shared)
+        batch.segments[r, :shared] = SHARED
+        column, slot = shared, 0
         for segment, index in enumerate(row, start=1):
             example = examples[index]
-            here = slice(column, column + example.length)
-            batch.tokens[r, here] = example.tokens
-            batch.positions[r, here] = np.arange(example.length)
+            here = slice(column, column + example.length - shared)
+            batch.tokens[r, here] = example.tokens[shared:]
+            batch.positions[r, here] = np.arange(shared, example.length)
             batch.segments[r, here] = segment
             learnt = np.flatnonzero(example.is_target)
             there = slice(slot, slot + len(learnt))
-            batch.loss_positions[r, there] = column + learnt - 1
+            batch.loss_positions[r, there] = column + learnt - shared - 1
             batch.loss_targets[r, there] = example.tokens[learnt]
             batch.loss_weights[r, there] = 1
             batch.loss_examples[r, there] = index
@@ -102,7 +110,7 @@ def evaluation_batches(examples: Sequence[TokenExample], layout: Layout, pad: in
     Raises:
         InputError: an example does not fit `layout`; see `packing.widen`.
     """
-    lengths, targets = lengths_of(examples)
+    lengths, targets = lengths_of(examples, layout.prefix)
     for example in examples:
         if example.length > layout.width or example.targets > layout.targets:
             raise InputError(
@@ -120,7 +128,7 @@ class PackingFigures(NamedTuple):
     """How well the first epoch fills its rows.
 
     Attributes:
-        padding_share: share of positions that hold no token, from 0 to 1.
+        padding_share: share of positions behind the shared prefix that hold no token, 0 to 1.
         examples_per_batch: mean number of examples in a batch.
         rows_per_epoch: rows that the epoch fills.
         batches_per_epoch: batches that the epoch fills; a fraction, as batches span epochs.
@@ -136,10 +144,10 @@ class PackingFigures(NamedTuple):
 
 def packing_figures(examples: Sequence[TokenExample], layout: Layout, seed: int) -> PackingFigures:
     """Measures the plan of the first epoch of training under `seed`."""
-    lengths, targets = lengths_of(examples)
+    lengths, targets = lengths_of(examples, layout.prefix)
     rows = len(plan_epoch(lengths, targets, layout, seed, 0))
     return PackingFigures(
-        padding_share=1 - int(lengths.sum()) / (rows * layout.width),
+        padding_share=1 - int(lengths.sum()) / (rows * layout.room),
         examples_per_batch=layout.rows * len(examples) / rows,
         rows_per_epoch=rows,
         batches_per_epoch=rows / layout.rows,

@@ -34,6 +34,7 @@ class DataConfig:
         sequence_length: tokens in a row. None: chosen from the data, and nothing is too long.
         batch_size: rows in a batch.
         packing: put several examples in a row; otherwise one.
+        share_prefix: with packing, hold the tokens that all examples begin with once a row.
         too_long: what becomes of an example longer than `sequence_length`: `error` refuses it,
             `skip` leaves it out, `truncate` cuts the start of its prompt.
         task_options: passed to the generated task.
@@ -50,6 +51,7 @@ class DataConfig:
     sequence_length: int | None = None
     batch_size: int = 8
     packing: bool = True
+    share_prefix: bool = True
     too_long: TooLong = "error"
     task_options: Mapping[str, Any] = field(default_factory=dict)
     train_path: str | None = None
@@ -89,8 +91,9 @@ class DataConfig:
         if self.sequence_length is not None:
             _check_integer("sequence_length", self.sequence_length, 2)
         _check_integer("batch_size", self.batch_size, 1)
-        if not isinstance(self.packing, bool):
-            raise InputError(f"data.packing is {self.packing!r}; it must be true or false")
+        for name, switch in (("packing", self.packing), ("share_prefix", self.share_prefix)):
+            if not isinstance(switch, bool):
+                raise InputError(f"data.{name} is {switch!r}; it must be true or false")
         if self.too_long not in get_args(TooLong):
             raise InputError(
                 f"data.too_long is {self.too_long!r}; {suggest(str(self.too_long), TOO_LONG)}"

@@ -13,7 +13,7 @@ from mos_jax.data.examples import SPLITS, Example, Task, commonest_answer
 from mos_jax.data.gym import load_gym
 from mos_jax.data.jsonl import load_jsonl
 from mos_jax.data.loader import NO_END, BatchSource, Loader
-from mos_jax.data.packing import Layout, choose_layout, widen
+from mos_jax.data.packing import Layout, choose_layout, shared_prefix, widen
 from mos_jax.data.tokens import TokenExample, Tokenised, Tokenizer, tokenize_all
 
 Report = dict[str, int | float | str]
@@ -95,6 +95,7 @@ class Data:
             "rows": self.layout.rows,
             "width": self.layout.width,
             "targets_per_row": self.layout.targets,
+            "shared_prefix_tokens": len(self.layout.prefix),
             **figures._asdict(),
             "test_commonest_answer": answer,
             "test_commonest_answer_rate": rate,
@@ -135,10 +136,15 @@ def load_data(config: DataConfig, tokenizer: Tokenizer) -> Data:
         split: tokenize_all(examples, tokenizer, config.sequence_length, config.too_long)
         for split, examples in sets.items()
     }
-    layout = choose_layout(
-        tokens["train"].examples, config.batch_size, config.sequence_length, config.packing
-    )
     everything: list[TokenExample] = [e for t in tokens.values() for e in t.examples]
+    prefix = shared_prefix(everything) if config.packing and config.share_prefix else ()
+    layout = choose_layout(
+        tokens["train"].examples,
+        config.batch_size,
+        config.sequence_length,
+        config.packing,
+        prefix=prefix,
+    )
     return Data(
         config=config,
         task=task,

@@ -68,7 +68,7 @@ class BatchSource:
         self._seed = seed
         self._accumulation = accumulation
         self._steps = steps
-        self._lengths, self._targets = lengths_of(examples)
+        self._lengths, self._targets = lengths_of(examples, layout.prefix)
         self._lock = threading.Lock()
         self._plans: dict[int, list[Row]] = {}
         # Entry e is the number of the first row of epoch e.

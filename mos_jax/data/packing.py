@@ -7,7 +7,7 @@ once. A plan is a pure function of the examples' lengths, the seed and the epoch
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,22 +40,46 @@ class Layout:
         width: tokens in a row, S.
         targets: the most targets in a row, M.
         packing: whether a row may hold several examples.
+        prefix: ids that all examples begin with. A row holds them once, before its examples,
+            which all see them: the sums are those of separate copies, from fewer tokens.
     """
 
     rows: int
     width: int
     targets: int
     packing: bool = True
+    prefix: tuple[int, ...] = ()
+
+    @property
+    def room(self) -> int:
+        """Tokens of a row that are left for the examples' own."""
+        return self.width - len(self.prefix)
 
 
 def _round_up(value: float, multiple: int) -> int:
     return -int(-value // multiple) * multiple
 
 
-def lengths_of(examples: Sequence[TokenExample]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Returns the number of tokens and of targets of each example, int64[N] each."""
+def shared_prefix(examples: Sequence[TokenExample]) -> tuple[int, ...]:
+    """Returns the longest prefix that all `examples` share and that predicts no target.
+
+    It ends before the token from which an example's first target is predicted, so that this token
+    belongs to the example. Chat templates that open with a system turn make it long.
+    """
+    if not examples:
+        return ()
+    length = min(int(np.argmax(example.is_target)) for example in examples) - 1
+    heads = np.stack([example.tokens[: max(length, 0)] for example in examples])
+    unequal = np.flatnonzero((heads != heads[0]).any(axis=0))
+    return tuple(heads[0, : unequal[0] if unequal.size else None].tolist())
+
+
+def lengths_of(
+    examples: Sequence[TokenExample], prefix: Sequence[int] = ()
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Returns the tokens beyond `prefix` and the targets of each example, int64[N] each."""
     return (
-        np.array([example.length for example in examples], dtype=np.int64),
+        np.array([example.length - len(prefix) for example in examples], dtype=np.int64),
         np.array([example.targets for example in examples], dtype=np.int64),
     )
 
@@ -97,7 +121,7 @@ def pack_in_order(
 
     Args:
         order: int64[n], indices of examples.
-        lengths: int64[N], tokens of every example; at most `layout.width`.
+        lengths: int64[N], own tokens of every example; at most `layout.room`.
         targets: int64[N], targets of every example; at most `layout.targets`.
         layout: shapes of the rows.
         shuffle: mixes the rows of a window, which are otherwise ordered by length.
@@ -111,7 +135,7 @@ def pack_in_order(
     carried: list[int] = []
     for start in range(0, len(order), _WINDOW):
         window = [*carried, *(int(i) for i in order[start : start + _WINDOW])]
-        rows = _best_fit(window, lengths, targets, layout.width, layout.targets)
+        rows = _best_fit(window, lengths, targets, layout.room, layout.targets)
         carried = []
         if start + _WINDOW < len(order):
             # What opened the emptiest row finds better company in the next window.
@@ -167,6 +191,7 @@ def choose_layout(
     width: int | None = None,
     packing: bool = True,
     seed: int = 0,
+    prefix: tuple[int, ...] = (),
 ) -> Layout:
     """Returns the shapes of batches made of `examples`.
 
@@ -177,16 +202,18 @@ def choose_layout(
             for four of mean length, a multiple of 64; without, the longest, a multiple of 8.
         packing: whether a row may hold several examples.
         seed: of the shuffle on which the capacity of targets is tried out.
+        prefix: what all examples begin with, held once a row; see `shared_prefix`.
 
     Raises:
         InputError: there are no examples, or one is longer than `width`.
     """
     if not examples:
         raise InputError("batches of an empty set were asked for; give at least one example")
-    lengths, targets = lengths_of(examples)
-    longest = int(lengths.max())
+    lengths, targets = lengths_of(examples, prefix)
+    longest = len(prefix) + int(lengths.max())
     if width is None:
-        wanted = max(longest, _EXAMPLES_PER_ROW * float(lengths.mean())) if packing else longest
+        several = len(prefix) + _EXAMPLES_PER_ROW * float(lengths.mean())
+        wanted = max(longest, several) if packing else longest
         width = _round_up(wanted, _WIDTH_MULTIPLE if packing else _UNPACKED_MULTIPLE)
     if longest > width:
         raise InputError(
@@ -194,10 +221,10 @@ def choose_layout(
             f"{width} wide; set data.sequence_length to at least {longest}"
         )
     if packing:
-        capacity = _tight_capacity(lengths, targets, rows, width, seed)
+        capacity = _tight_capacity(lengths, targets, rows, width - len(prefix), seed)
     else:
         capacity = _round_up(int(targets.max()), _TARGETS_MULTIPLE)
-    return Layout(rows, width, min(capacity, width), packing)
+    return Layout(rows, width, min(capacity, width), packing, prefix)
 
 
 def widen(layout: Layout, examples: Sequence[TokenExample]) -> Layout:
@@ -214,4 +241,4 @@ def widen(layout: Layout, examples: Sequence[TokenExample]) -> Layout:
         width = _round_up(int(lengths.max()), _UNPACKED_MULTIPLE)
     if targets.max() > capacity:
         capacity = min(width, _round_up(int(targets.max()), _TARGETS_MULTIPLE))
-    return Layout(layout.rows, width, capacity, layout.packing)
+    return replace(layout, width=width, targets=capacity)

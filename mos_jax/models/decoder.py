@@ -98,7 +98,8 @@ class Decoder(nnx.Module):
             the scan; or the method itself, `adapter.factors`, to assemble each block inside it.
           positions: int32 [B, S], of each token in its own text; default 0, 1, 2, ...
           segments: int32 [B, S]; tokens attend only within equal segments, and to no later
-            token. Default: one segment.
+            token. All see the tokens of a negative segment, a prefix that they share. Default:
+            one segment.
           dropout: a key and a rate, applied to the input of the adapter's branch, one mask for
             every site.
 
@@ -145,7 +146,8 @@ class Decoder(nnx.Module):
             positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
         mask = jnp.broadcast_to(jnp.tri(length, dtype=bool), (batch, length, length))
         if segments is not None:
-            mask = mask & (segments[:, :, None] == segments[:, None, :])
+            same = segments[:, :, None] == segments[:, None, :]
+            mask = mask & (same | (segments[:, None, :] < 0))
         rope = rotary_tables(self.config, positions)
 
         def body(x: jax.Array, scanned: Any) -> tuple[jax.Array, None]:

@@ -272,7 +272,7 @@ def describe(found: Evaluation) -> str:
 
 
 def _count_tokens(batch: Batch) -> int:
-    return int((batch.segments > 0).sum())
+    return int((batch.segments != 0).sum())
 
 
 @contextmanager

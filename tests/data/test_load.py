@@ -37,9 +37,10 @@ def test_the_report_agrees_with_the_data(tokenizer: Tokenizer) -> None:
     lengths = [len(e.tokens) for e in data.tokens["train"].examples]
     assert report["train_examples"] == 60
     assert report["mean_tokens"] == pytest.approx(np.mean(lengths))
-    assert report["padding_share"] == pytest.approx(
-        1 - sum(lengths) / (report["rows_per_epoch"] * report["width"])
-    )
+    shared = report["shared_prefix_tokens"]
+    own = sum(length - shared for length in lengths)
+    room = report["rows_per_epoch"] * (report["width"] - shared)
+    assert report["padding_share"] == pytest.approx(1 - own / room)
     answers = [e.answer for e in data.test]
     commonest = report["test_commonest_answer"]
     assert report["test_commonest_answer_rate"] == answers.count(commonest) / 20

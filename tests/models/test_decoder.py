@@ -131,6 +131,20 @@ def test_packed_segments_equal_separate_rows(decoder, adapter):
     )
 
 
+def test_a_shared_prefix_equals_separate_copies(decoder, adapter):
+    prefix, first, second = (tokens_of(decoder, 1, n, s) for n, s in ((4, 1), (3, 2), (5, 3)))
+    packed = jnp.concatenate([prefix, first, second], axis=1)
+    positions = jnp.concatenate([jnp.arange(7), jnp.arange(4, 9)])[None].astype(jnp.int32)
+    segments = jnp.array([[-1] * 4 + [1] * 3 + [2] * 5], jnp.int32)
+    factors = adapter.factors()
+    run = jax.jit(lambda: decoder(packed, factors, positions=positions, segments=segments))
+    got = run()
+    one = logits_of(decoder, jnp.concatenate([prefix, first], axis=1), factors)
+    two = logits_of(decoder, jnp.concatenate([prefix, second], axis=1), factors)
+    np.testing.assert_allclose(got[:, :7], one, atol=2e-5)
+    np.testing.assert_allclose(got[:, 7:], two[:, 4:], atol=2e-5)
+
+
 def test_merged_weights_equal_the_unmerged_adapter(decoder, adapter):
     tokens, factors = tokens_of(decoder), adapter.factors()
     weights = {"embed": decoder.embed[...], "final_norm": decoder.final_norm[...]}
