@@ -70,15 +70,15 @@ class OurJob:
         seconds = time.perf_counter() - start
         layout, train = self._session.data.layout, self._session.data.tokens["train"].examples
         examples = [index for rows in self._plan for row in rows for index in row]
-        tokens = sum(train[index].length for index in examples)
-        room = len(self._plan) * layout.rows * layout.width
+        own, _ = lengths_of([train[index] for index in examples], layout.prefix)
+        room = len(self._plan) * layout.rows * layout.room
         facts = {
             "loss": loss,
             "start_seconds": seconds,
             "examples": len(examples),
             "steps": len(self._plan),
             "planning_seconds": self._planning_seconds() * len(examples) / len(train),
-            "padding_share": 1 - tokens / room,
+            "padding_share": 1 - int(own.sum()) / room,
             "batch": f"{layout.rows} packed rows of {layout.width}",
             "trained_parameters": self._session.adapter.count_trained(),
         }
@@ -87,7 +87,7 @@ class OurJob:
     def _planning_seconds(self) -> float:
         """What packing a whole epoch takes; a round is charged its share of examples."""
         data = self._session.data
-        lengths, targets = lengths_of(data.tokens["train"].examples)
+        lengths, targets = lengths_of(data.tokens["train"].examples, data.layout.prefix)
         start = time.perf_counter()
         for epoch in range(PLANS):
             plan_epoch(lengths, targets, data.layout, 0, epoch)
