@@ -2,7 +2,8 @@
 
 Command: python experiments/train.py --config=configs/quickstart.py --workdir=runs/q
          python experiments/train.py --config=configs/quickstart.py:lora --workdir=runs/lora
-Hardware, time, result: see README.md.
+Hardware: 2 CPU cores. Time: 4 minutes (70 steps of about 12 questions, evaluation on 256).
+Result: exact match 0.516 (95% 0.455 to 0.576), the base 0.000, the commonest answer 0.141.
 """
 
 from ml_collections import ConfigDict
