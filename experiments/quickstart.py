@@ -42,6 +42,7 @@ def main(_: Sequence[str]) -> None:
         f'    --prompt="Ann is married to Tom. They have a child called Bob. {question}',
         highlight=False,
         markup=False,
+        soft_wrap=True,  # a command to copy must not be broken up
     )
 
 

@@ -15,7 +15,7 @@ def call(program, *flags, ok=True):
     done = subprocess.run(
         [sys.executable, f"experiments/{program}.py", *map(str, flags)],
         cwd=ROOT,
-        env=os.environ | {"COLUMNS": "120"},
+        env=os.environ | {"COLUMNS": "80"},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -54,6 +54,7 @@ def test_quickstart_shows_what_the_readme_promises(quickstart):
         "Try next:",
     ):
         assert words in out, words
+    assert f"experiments/generate.py --adapter={workdir}/adapter --compare \\\n" in out
     for name in ("config.json", "metrics.jsonl", "summary.json", "adapter", "peft", "tensorboard"):
         assert (workdir / name).exists(), name
     summary = json.loads((workdir / "summary.json").read_text())
