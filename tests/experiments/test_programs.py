@@ -111,6 +111,23 @@ def test_export_says_how_exact_it_is_and_does_not_overwrite(quickstart, tmp_path
     assert len(refused.stderr.strip().splitlines()) == 1
 
 
+def test_own_data_trains_from_a_small_file(tmp_path):
+    data = tmp_path / "mine.jsonl"
+    lines = [{"prompt": f"What is {i} plus 1?", "completion": str(i + 1)} for i in range(20)]
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    done = call(
+        "train",
+        "--config=configs/own_data.py:lora",
+        f"--workdir={tmp_path / 'run'}",
+        f"--config.data.train_path={data}",
+        "--config.base.name=tiny-random",
+        "--config.training.steps=2",
+        "--config.evaluation.max_new_tokens=4",
+    )
+    assert "jsonl: 2 questions of the test set" in done.stdout
+    assert "The adapter is in" in done.stdout
+
+
 def test_dry_run_prints_parameters_and_memory_and_writes_nothing(tmp_path):
     workdir = tmp_path / "run"
     done = call("train", "--config=configs/smoke.py", f"--workdir={workdir}", "--dry_run")
