@@ -2,7 +2,8 @@ r"""Fine-tunes on your own JSONL file: lines of {"prompt", "completion"} or {"me
 
 Command: python experiments/train.py --config=configs/own_data.py --workdir=runs/mine \
              --config.data.train_path=mine.jsonl
-Hardware: any; with the default base about 2.5 s a step on 2 CPU cores. Result: depends on the data.
+Hardware: any. Time: on 2 CPU cores a step of the default base on 4 rows of 208 tokens takes 2.5 s.
+Result: depends on the data.
 Validation and test questions are split off the file unless they have files of their own
 (data.validation_path, data.test_path); rows are as wide as four examples of mean length.
 """

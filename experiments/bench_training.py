@@ -19,16 +19,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
 
 from mos_jax import app
 
 # Python itself looks for modules beside this file only; the processes it starts look here too.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-CONFIG = config_flags.DEFINE_config_file(
-    "config", "configs/quickstart.py", "The run whose base, adapter and data are used."
-)
+CONFIG = app.define_config("configs/quickstart.py")
 OUT = flags.DEFINE_string("out", None, "JSON file for all that was measured.")
 PARTS = flags.DEFINE_multi_enum("parts", ["dense", "job"], ["dense", "job"], "What to measure.")
 ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds that count; one more warms up.", lower_bound=1)

@@ -29,10 +29,11 @@ def main(_: Sequence[str]) -> None:
     summary = train(config, WORKDIR.value, console)
     print_summary(summary, WORKDIR.value, console)
     adapter, peft = (os.path.join(WORKDIR.value, name) for name in ("adapter", "peft"))
-    if not os.path.exists(peft):
+    # A run that was extended has a newer adapter than the export beside it.
+    if not os.path.exists(peft) or os.path.getmtime(peft) < os.path.getmtime(adapter):
         from mos_jax.finished import load_finished
 
-        exported = load_finished(adapter).export_peft(peft)
+        exported = load_finished(adapter).export_peft(peft, overwrite=True)
         console.print(f"Largest logit difference of the export: {exported.difference:.2g}.")
     console.print(f"As a PEFT LoRA it is in {peft}.", highlight=False)
     question = 'What is Ann to Bob? Answer with one word."'

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -77,6 +78,16 @@ def test_a_second_quickstart_shows_the_result_and_trains_nothing(quickstart):
     assert (
         table.splitlines()[3:8] == again[again.index("questions of the test") :].splitlines()[3:8]
     )
+
+
+def test_an_extended_quickstart_exports_the_new_adapter(quickstart, tmp_path):
+    workdir, (config, _), _ = quickstart
+    longer = tmp_path / "longer"
+    shutil.copytree(workdir, longer)
+    name = "peft/adapter_model.safetensors"
+    call("quickstart", config, f"--workdir={longer}", "--config.training.steps=9")
+    assert json.loads((longer / "summary.json").read_text())["steps"] == 9
+    assert (longer / name).read_bytes() != (workdir / name).read_bytes()
 
 
 def test_evaluate_repeats_the_scores_of_the_run(quickstart, tmp_path):
