@@ -42,6 +42,13 @@ class AdapterConfig(abc.ABC):
           InputError: if the configuration does not fit the sites, with the numbers.
         """
 
+    def rate_ratios(self) -> Mapping[str, float]:
+        """Learning rates of parts of the adapter, as multiples of the run's; parts left out have 1.
+
+        A part is the first word of an array's path (`"pool_b"` of `"pool_b/q_proj"`).
+        """
+        return {}
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values."""
         return dataclasses.asdict(self)
@@ -112,9 +119,33 @@ class Adapter(nnx.Module):
             counts[owner] = counts.get(owner, 0) + variable.get_value().size
         return counts
 
+    def count_served(self) -> int:
+        """Number of values that one tenant adds to a server once training is done.
+
+        The trained ones, unless a method needs only a part of them to assemble its factors. What
+        tenants of one configuration share (routing tables, frozen projections) is not counted.
+        """
+        return self.count_trained()
+
+    def tables(self) -> dict[str, np.ndarray]:
+        """All index tables on the host, by the path of their array; they enter the checksum."""
+        return {}
+
+    def check(self) -> None:
+        """Checks the frozen arrays against the configuration. Raises InputError."""
+
     def summary(self) -> dict[str, Any]:
-        """Facts worth reporting beside a run; methods add their own."""
-        return {"method": self.config.method, "trained_parameters": self.count_trained()}
+        """Facts worth reporting beside a run; methods add their own.
+
+        `trained_parameters`; `stored_bytes`, of all arrays as they lie on disk; `served_bytes`, of
+        what one tenant adds to a server in fp32, see `count_served`.
+        """
+        return {
+            "method": self.config.method,
+            "trained_parameters": self.count_trained(),
+            "stored_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(self))),
+            "served_bytes": 4 * self.count_served(),
+        }
 
 
 def local_layer(site: SiteShape, layer: jax.Array | int) -> tuple[jax.Array, jax.Array]:

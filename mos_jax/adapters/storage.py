@@ -26,7 +26,6 @@ from safetensors.numpy import save as format_safetensors
 from mos_jax.adapters import routing
 from mos_jax.adapters.adapter import Adapter
 from mos_jax.adapters.methods import METHODS, create_adapter, make_config
-from mos_jax.adapters.mos import MoS
 from mos_jax.adapters.sites import SiteShape, check_sites
 from mos_jax.errors import InputError
 from mos_jax.files import fresh_folder, write_file
@@ -47,7 +46,7 @@ class AdapterCard:
       sites: the adapted sites.
       scale: by site type, the scale of every adapted block (equal to alpha / rank and the like;
         stored since tools compute it differently).
-      routing_checksum: of all routing tables, or None for methods without.
+      routing_checksum: of all index tables, or None for methods without.
       base_fingerprint: of the base it was trained on, or None when unknown.
       arrays_sha256: of the file of arrays.
       metadata: free: base name, task, steps, versions.
@@ -116,8 +115,7 @@ def _check_values(adapter: Adapter, arrays: Mapping[str, np.ndarray]) -> None:
     for name, array in arrays.items():
         if np.issubdtype(array.dtype, np.floating) and not np.all(np.isfinite(array)):
             raise InputError(f"array {name!r} holds values that are not finite")
-    if isinstance(adapter, MoS):
-        adapter.check()
+    adapter.check()
 
 
 def save_adapter(
@@ -321,7 +319,8 @@ def _check_base_shapes(path: Path, card: AdapterCard, sites: Mapping[str, SiteSh
 
 
 def _routing_checksum(adapter: Adapter) -> str | None:
-    return routing.checksum(adapter.tables()) if isinstance(adapter, MoS) else None
+    tables = adapter.tables()
+    return routing.checksum(tables) if tables else None
 
 
 def _check_destination(path: Path) -> None:

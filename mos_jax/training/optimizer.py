@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
 import optax
+from flax import nnx
 
 from mos_jax.training.config import TrainingSection
 
@@ -25,8 +30,16 @@ def make_schedule(config: TrainingSection) -> optax.Schedule:
     return optax.join_schedules([rise, decay], [warmup])
 
 
-def make_optimizer(config: TrainingSection) -> optax.GradientTransformation:
-    """AdamW (arXiv 1711.05101) after clipping by the global norm."""
+def make_optimizer(
+    config: TrainingSection, ratios: Mapping[str, float] = MappingProxyType({})
+) -> optax.GradientTransformation:
+    """AdamW (arXiv 1711.05101) after clipping by the global norm.
+
+    Args:
+      config: the section.
+      ratios: learning rates of parts of the adapter as multiples of the section's; see
+        `AdapterConfig.rate_ratios`.
+    """
     adamw = optax.adamw(
         make_schedule(config),
         b1=config.b1,
@@ -34,6 +47,25 @@ def make_optimizer(config: TrainingSection) -> optax.GradientTransformation:
         eps=config.eps,
         weight_decay=config.weight_decay,
     )
-    if config.clip_norm == 0:
-        return adamw
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+    clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
+    scale = [scale_parts(ratios)] if ratios else []
+    parts = [*clip, adamw, *scale]
+    return optax.chain(*parts) if len(parts) > 1 else adamw
+
+
+def scale_parts(ratios: Mapping[str, float]) -> optax.GradientTransformation:
+    """Multiplies the updates of an adapter's parts, named by the first word of their path.
+
+    After AdamW this is a learning rate of their own, since its updates are proportional to the
+    rate, weight decay included.
+    """
+
+    def scale(updates: nnx.State, _params: Any = None) -> nnx.State:
+        flat = dict(nnx.to_flat_state(updates))
+        for path, variable in flat.items():
+            ratio = ratios.get(str(path[0]), 1.0)
+            if ratio != 1.0:
+                flat[path] = variable.replace(variable.get_value() * ratio)
+        return nnx.from_flat_state(flat)
+
+    return optax.stateless(scale)

@@ -46,7 +46,8 @@ class Session:
         init_key, _ = _keys(config)
         adapter = create_adapter(config.adapter, sites, init_key)
         data = load_data(config.data, base.tokenizer)
-        return cls(config, base, adapter, data, make_optimizer(config.training))
+        optimizer = make_optimizer(config.training, config.adapter.rate_ratios())
+        return cls(config, base, adapter, data, optimizer)
 
     def initial(self) -> tuple[TrainState, AdapterParts]:
         """The state before the first step, and the adapter's parts."""
