@@ -13,11 +13,12 @@ import jax
 from mos_jax.adapters.adapter import Adapter, AdapterConfig
 from mos_jax.adapters.lora import LoRAConfig
 from mos_jax.adapters.mos import MoSConfig
+from mos_jax.adapters.prolora import PRoLoRAConfig
 from mos_jax.adapters.sites import Sites
 from mos_jax.errors import InputError, suggest
 
 METHODS: dict[str, type[AdapterConfig]] = {
-    config.method: config for config in (MoSConfig, LoRAConfig)
+    config.method: config for config in (MoSConfig, LoRAConfig, PRoLoRAConfig)
 }
 
 

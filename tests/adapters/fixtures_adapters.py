@@ -9,12 +9,18 @@ from flax import nnx
 
 from mos_jax.adapters.adapter import Adapter
 from mos_jax.adapters.sites import SiteShape
+from mos_jax.models.config import KNOWN_CONFIGS
 
 # Widths divisible by 4; one input width, so that the types share what JAX compiles.
 SITES = {"q_proj": SiteShape(3, 8, 12), "down_proj": SiteShape(3, 8, 4)}
 # The same with only three of the model's five blocks adapted.
 SOME_LAYERS = {name: SiteShape(3, site.d_in, site.d_out, (0, 2, 3)) for name, site in SITES.items()}
 MODEL_LAYERS = 5
+
+
+def model_sites(name: str) -> dict[str, SiteShape]:
+    """All sites of a known model, for counts from shapes."""
+    return {site: SiteShape(*shape) for site, shape in KNOWN_CONFIGS[name].site_shapes().items()}
 
 
 def quick_jit(function: Callable[..., Any]) -> Callable[..., Any]:

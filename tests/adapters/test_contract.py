@@ -21,6 +21,7 @@ from mos_jax.adapters.lora import LoRAConfig
 from mos_jax.adapters.low_rank import LowRank
 from mos_jax.adapters.methods import METHODS, count_parameters, create_adapter, make_config
 from mos_jax.adapters.mos import MoSConfig
+from mos_jax.adapters.prolora import PRoLoRAConfig
 from mos_jax.adapters.storage import load_adapter, save_adapter
 from mos_jax.errors import InputError
 from tests.adapters.fixtures_adapters import (
@@ -40,6 +41,8 @@ CONFIGS = {
     "mos-trained-scaling": MoSConfig.pure_sharing(1, random_scaling="trained"),
     "lora": LoRAConfig(rank=2),
     "rslora": LoRAConfig(rank=3, rslora=True),
+    "prolora": PRoLoRAConfig(rank=5, unshared_rank=1, chunks_a=3, chunks_b=2),
+    "prolora-all-shared": PRoLoRAConfig(rank=3, unshared_rank=0, chunks_a=2, chunks_b=4),
 }
 TREE_MODE = {"NNX_GRAPH_MODE": "false", "NNX_GRAPH_UPDATES": "false"}
 INSIDE = "MOS_JAX_CONTRACT_IN_TREE_MODE"

@@ -1,0 +1,171 @@
+"""PRoLoRA, partial rotation of low-rank factors (Wang et al., ACL 2024, arXiv 2402.16902).
+
+Sharing inside a site, none between sites: u of the r rank vectors are ordinary; of the others only
+one chunk is trained, which is repeated along the width. Each repetition is rolled along the rank
+axis by one stride more than the one before, so that the chunks of a vector differ.
+
+Axis legend: L blocks, r rank, u unshared rank, m chunks of A, n chunks of B, h = d_in, o = d_out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mos_jax.adapters.adapter import (
+    Adapter,
+    AdapterConfig,
+    local_layer,
+    require_integer,
+    require_positive,
+    site_key,
+    uniform_fan_in,
+)
+from mos_jax.adapters.low_rank import LowRank
+from mos_jax.adapters.sites import Sites, check_sites
+from mos_jax.adapters.strictness import strict
+from mos_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class PRoLoRAConfig(AdapterConfig):
+    """Configuration of PRoLoRA (arXiv 2402.16902).
+
+    Every site trains u (h + o) + (r - u) (ceil(h / m) + ceil(o / n)) parameters.
+
+    Attributes:
+      rank: r, rank vectors of every site.
+      unshared_rank: u, how many of them are ordinary ones; with u = r it is LoRA.
+      chunks_a: m, how often the chunk of A is repeated along the input width.
+      chunks_b: n, how often the chunk of B is repeated along the output width.
+      alpha: the scale is alpha / rank.
+    """
+
+    method: ClassVar[str] = "prolora"
+
+    rank: int = 8
+    unshared_rank: int = 1
+    chunks_a: int = 7
+    chunks_b: int = 7
+    alpha: float = 16.0
+
+    def __post_init__(self) -> None:
+        """Checks the fields. Raises InputError."""
+        require_integer("prolora", "rank", self.rank, 1)
+        require_integer("prolora", "unshared_rank", self.unshared_rank, 0)
+        require_integer("prolora", "chunks_a", self.chunks_a, 1)
+        require_integer("prolora", "chunks_b", self.chunks_b, 1)
+        require_positive("prolora", "alpha", self.alpha)
+        if self.unshared_rank > self.rank:
+            raise InputError(
+                f"prolora: unshared_rank={self.unshared_rank} must be at most rank={self.rank}"
+            )
+
+    @property
+    def scale(self) -> float:
+        """The scale s in y = x W + s (x A^T) B."""
+        return self.alpha / self.rank
+
+    @property
+    def shared_rank(self) -> int:
+        """Rank vectors that are made of repeated chunks, r - u."""
+        return self.rank - self.unshared_rank
+
+    def check_widths(self, sites: Sites) -> None:
+        """Raises InputError if a width has fewer entries than chunks."""
+        for name, site in check_sites(sites).items():
+            for chunks, width in (("chunks_a", "d_in"), ("chunks_b", "d_out")):
+                if getattr(self, chunks) > getattr(site, width):
+                    raise InputError(
+                        f"prolora: {chunks}={getattr(self, chunks)} must be at most "
+                        f"{width}={getattr(site, width)} of {name!r}"
+                    )
+
+    def build(self, sites: Sites, key: jax.Array) -> PRoLoRA:
+        """See base class."""
+        return PRoLoRA(self, sites, key)
+
+
+@strict
+def rotate(chunk: jax.Array, chunks: int, width: int) -> jax.Array:
+    """Repeats a chunk along the width, each time rolled further along the rank axis.
+
+    Repetition i is the chunk rolled by i strides of max(R // chunks, 1). Where `chunks` does not
+    divide the width, the chunk is wider than a `chunks`-th of it, and what hangs over is cut off.
+
+    Args:
+      chunk: fp32 [..., R, ceil(width / chunks)].
+      chunks: number of repetitions.
+      width: of the result.
+
+    Returns:
+      fp32 [..., R, width].
+    """
+    rank, own = chunk.shape[-2:]
+    stride = max(rank // chunks, 1)
+    rows = (np.arange(rank)[:, None] - stride * np.arange(chunks)[None, :]) % rank
+    repeated = jnp.take(chunk, jnp.asarray(rows, jnp.int32), axis=-2, mode="clip")
+    return repeated.reshape(*chunk.shape[:-1], chunks * own)[..., :width]
+
+
+class PRoLoRA(Adapter):
+    """Ordinary vectors and chunks, each a mapping by site type; PRoLoRA (arXiv 2402.16902).
+
+    The ordinary vectors come first in the factors. What has rank 0 is left out.
+
+    Attributes:
+      unshared_a: nnx.Param fp32 [L, u, h], U(-1/sqrt(h), 1/sqrt(h)).
+      unshared_b: nnx.Param fp32 [L, u, o], zeros.
+      shared_a: nnx.Param fp32 [L, r - u, ceil(h / m)], uniform within the bound of the full h.
+      shared_b: nnx.Param fp32 [L, r - u, ceil(o / n)], zeros.
+    """
+
+    config: PRoLoRAConfig
+
+    def __init__(self, config: PRoLoRAConfig, sites: Sites, key: jax.Array):
+        config.check_widths(sites)
+        super().__init__(config, sites)
+        self.unshared_a: nnx.Dict = nnx.Dict()
+        self.unshared_b: nnx.Dict = nnx.Dict()
+        self.shared_a: nnx.Dict = nnx.Dict()
+        self.shared_b: nnx.Dict = nnx.Dict()
+        parts = (
+            ("unshared", config.unshared_rank, 1, 1, self.unshared_a, self.unshared_b),
+            ("shared", config.shared_rank, config.chunks_a, config.chunks_b, self.shared_a,
+             self.shared_b),
+        )  # fmt: skip
+        for name, site in self.sites.items():
+            for part, rank, m, n, part_a, part_b in parts:
+                if rank == 0:
+                    continue
+                shape_a = (site.num_layers, rank, -(-site.d_in // m))
+                shape_b = (site.num_layers, rank, -(-site.d_out // n))
+                own_key = site_key(key, name, f"{part}_a")
+                part_a[name] = nnx.Param(uniform_fan_in(own_key, shape_a, site.d_in))
+                part_b[name] = nnx.Param(jnp.zeros(shape_b, jnp.float32))
+
+    @strict
+    def site_factors(self, name: str, layer: jax.Array | int | None = None) -> LowRank:
+        """See base class."""
+        site, config = self.sites[name], self.config
+        index: jax.Array | slice = slice(None)
+        if layer is None:
+            scale, layers = jnp.full((site.num_layers,), config.scale, jnp.float32), site.layers
+        else:
+            index, adapted = local_layer(site, layer)
+            scale, layers = adapted * config.scale, None
+        parts_a, parts_b = [], []
+        if name in self.unshared_a:
+            parts_a.append(self.unshared_a[name][index])
+            parts_b.append(self.unshared_b[name][index])
+        if name in self.shared_a:
+            parts_a.append(rotate(self.shared_a[name][index], config.chunks_a, site.d_in))
+            parts_b.append(rotate(self.shared_b[name][index], config.chunks_b, site.d_out))
+        return LowRank(
+            jnp.concatenate(parts_a, axis=-2), jnp.concatenate(parts_b, axis=-2), scale, layers
+        )
