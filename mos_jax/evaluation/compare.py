@@ -9,7 +9,7 @@ from rich.table import Table
 
 from mos_jax.data.examples import commonest_answer
 from mos_jax.data.load import Data
-from mos_jax.evaluation.answers import evaluate, generate_answers
+from mos_jax.evaluation.answers import Evaluation, evaluate, generate_answers
 from mos_jax.models.base import Base
 from mos_jax.models.decoder import Factors
 
@@ -17,7 +17,14 @@ SAMPLES = 3
 
 
 def compare(
-    base: Base, factors: Factors | None, data: Data, split: str, max_new_tokens: int
+    base: Base,
+    factors: Factors | None,
+    data: Data,
+    split: str,
+    max_new_tokens: int,
+    *,
+    found: Evaluation | None = None,
+    with_base: bool = True,
 ) -> dict[str, Any]:
     """Evaluates base and adapter on a split.
 
@@ -27,6 +34,8 @@ def compare(
       data: the task, tokenised for this base.
       split: "train", "validation" or "test".
       max_new_tokens: longest generated answer.
+      found: what `evaluate` found for these factors, where that is known already.
+      with_base: evaluate the base too, and generate the samples.
 
     Returns:
       JSON values: `task`, `split`; `base` and `adapter`, each `Evaluation.to_dict()`; the
@@ -34,22 +43,26 @@ def compare(
       with the right answer and those generated `before` and `after`.
     """
     everything = getattr(data, split)
-    examples = everything[:SAMPLES]
     answer, rate = commonest_answer(everything)
-    before = generate_answers(base, None, examples, max_new_tokens)
     result: dict[str, Any] = {
         "task": data.task.name,
         "split": split,
-        "base": evaluate(base, None, data, split, max_new_tokens).to_dict(),
         "commonest_answer": answer,
         "commonest_answer_rate": rate,
-        "samples": [
-            {"question": e.question, "right": e.answer, "before": b}
-            for e, b in zip(examples, before, strict=True)
-        ],
     }
     if factors is not None:
-        result["adapter"] = evaluate(base, factors, data, split, max_new_tokens).to_dict()
+        found = found or evaluate(base, factors, data, split, max_new_tokens)
+        result["adapter"] = found.to_dict()
+    if not with_base:
+        return result
+    result["base"] = evaluate(base, None, data, split, max_new_tokens).to_dict()
+    examples = everything[:SAMPLES]
+    before = generate_answers(base, None, examples, max_new_tokens)
+    result["samples"] = [
+        {"question": e.question, "right": e.answer, "before": b}
+        for e, b in zip(examples, before, strict=True)
+    ]
+    if factors is not None:
         after = generate_answers(base, factors, examples, max_new_tokens)
         for sample, text in zip(result["samples"], after, strict=True):
             sample["after"] = text
@@ -58,7 +71,10 @@ def compare(
 
 def print_comparison(result: dict[str, Any], method: str, console: Console) -> None:
     """Prints what `compare` returned: scores and loss; `print_samples` has the answers."""
-    count = result["base"]["examples"]
+    rows = {"base": result["base"]} if "base" in result else {}
+    if "adapter" in result:
+        rows[f"base + {method}"] = result["adapter"]
+    count = next(iter(rows.values()))["examples"]
     table = Table(
         "",
         "exact match",
@@ -68,9 +84,6 @@ def print_comparison(result: dict[str, Any], method: str, console: Console) -> N
     )
     for column in table.columns[1:]:
         column.justify = "right"
-    rows = {"base": result["base"]}
-    if "adapter" in result:
-        rows[f"base + {method}"] = result["adapter"]
     for name, found in rows.items():
         interval = f"{found['accuracy_low']:.3f} to {found['accuracy_high']:.3f}"
         table.add_row(name, f"{found['accuracy']:.3f}", interval, f"{found['loss']:.4f}")
@@ -82,7 +95,7 @@ def print_comparison(result: dict[str, Any], method: str, console: Console) -> N
 
 def print_samples(result: dict[str, Any], console: Console) -> None:
     """Prints the sample questions with the answers before and after."""
-    for sample in result["samples"]:
+    for sample in result.get("samples", ()):
         console.print(f"\nQ: {sample['question']}", highlight=False, markup=False)
         for label in ("right", "before", "after"):
             if label in sample:

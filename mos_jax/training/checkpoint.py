@@ -41,22 +41,8 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, state: TrainState, parts: AdapterParts, loader: dict[str, Any]) -> None:
-        """Starts saving; arrays are copied before it returns, so they may be donated next.
-
-        Raises:
-          RunEnded: if this or an earlier asynchronous save failed, for example on a full disk.
-        """
-        step = int(state.step)
-        if step == self._manager.latest_step():
-            return
-        with self._in_words(step):
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(_as_tree(state, parts)),
-                    loader=ocp.args.JsonSave(loader),
-                ),
-            )
+        """`save_tree` of a run's state, its whole adapter and its loader's position."""
+        self.save_tree(int(state.step), state_as_tree(state, parts), loader)
 
     def restore(
         self, step: int, state: TrainState, adapter: Adapter
@@ -75,7 +61,37 @@ class Checkpoints:
           InputError: if the checkpoint does not have this structure.
         """
         parts, _ = AdapterParts.split(adapter)
-        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, _as_tree(state, parts))
+        tree, loader = self.restore_tree(step, state_as_tree(state, parts))
+        return *state_from_tree(tree, adapter), loader
+
+    def save_tree(self, step: int, tree: Any, loader: dict[str, Any]) -> None:
+        """Starts saving; arrays are copied before it returns, so they may be donated next.
+
+        Args:
+          step: its number; a step that is saved already is not saved again.
+          tree: arrays.
+          loader: JSON values: the position in the data.
+
+        Raises:
+          RunEnded: if this or an earlier asynchronous save failed, for example on a full disk.
+        """
+        if step == self._manager.latest_step():
+            return
+        with self._in_words(step):
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(tree), loader=ocp.args.JsonSave(loader)
+                ),
+            )
+
+    def restore_tree(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
+        """Restores what `save_tree` saved as `step`, with the shapes and dtypes of `like`.
+
+        Raises:
+          InputError: if the checkpoint does not have this structure.
+        """
+        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         try:
             found = self._manager.restore(
                 step,
@@ -88,12 +104,7 @@ class Checkpoints:
                 f"checkpoint {step} cannot be restored ({str(error).splitlines()[0]}); delete it "
                 "to go on from an older one, or choose another --workdir"
             ) from error
-        tree = found["state"]
-        restored = with_arrays(adapter, tree["adapter"])
-        parts, trained = AdapterParts.split(restored)
-        key = jax.random.wrap_key_data(tree["key"])
-        state = TrainState(jnp.asarray(tree["step"]), trained, tree["optimizer"], key)
-        return state, parts, found["loader"]
+        return found["state"], found["loader"]
 
     def wait(self) -> None:
         """Waits for the save under way. Raises RunEnded if it failed."""
@@ -126,7 +137,8 @@ class Checkpoints:
         return max((int(name) for name in steps if name.isdigit()), default=None)
 
 
-def _as_tree(state: TrainState, parts: AdapterParts) -> dict[str, Any]:
+def state_as_tree(state: TrainState, parts: AdapterParts) -> dict[str, Any]:
+    """What is saved of a run, or of stacked ones."""
     adapter = nnx.merge(parts.graphdef, state.trained, parts.frozen)
     return {
         "adapter": adapter_arrays(adapter),
@@ -134,3 +146,14 @@ def _as_tree(state: TrainState, parts: AdapterParts) -> dict[str, Any]:
         "key": jax.random.key_data(state.key),
         "step": state.step,
     }
+
+
+def state_from_tree(tree: dict[str, Any], adapter: Adapter) -> tuple[TrainState, AdapterParts]:
+    """The inverse for one run; `adapter` gives the structure.
+
+    Raises:
+      InputError: if the arrays are not those of such an adapter, or not finite.
+    """
+    parts, trained = AdapterParts.split(with_arrays(adapter, tree["adapter"]))
+    key = jax.random.wrap_key_data(tree["key"])
+    return TrainState(jnp.asarray(tree["step"]), trained, tree["optimizer"], key), parts

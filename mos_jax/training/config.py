@@ -164,13 +164,15 @@ class EvaluationSection(Section):
       every: steps between evaluations on the validation set; 0 = only at the end.
       samples: questions whose generated answers are shown at each evaluation.
       max_new_tokens: longest generated answer.
-      test_at_end: evaluate base and adapter on the test set when training is done.
+      test_at_end: evaluate on the test set when training is done.
+      compare_base: then evaluate the base beside the adapter too, and answer sample questions.
     """
 
     every: int = 50
     samples: int = 3
     max_new_tokens: int = 32
     test_at_end: bool = True
+    compare_base: bool = True
 
     def check(self, name: str) -> None:
         """See base class."""

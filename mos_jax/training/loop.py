@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 import signal
+import statistics
 import threading
 import time
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ from mos_jax.evaluation.compare import compare
 from mos_jax.training.checkpoint import Checkpoints
 from mos_jax.training.config import RunConfig
 from mos_jax.training.metrics import Reporter, check_logging
-from mos_jax.training.session import Session
+from mos_jax.training.session import Loads, Session
 from mos_jax.training.workdir import WorkDir
 
 
@@ -39,7 +40,10 @@ class Stopped(RunEnded):
 
 
 def train(
-    config: RunConfig, workdir: str | os.PathLike[str], console: Console | None = None
+    config: RunConfig,
+    workdir: str | os.PathLike[str],
+    console: Console | None = None,
+    loads: Loads | None = None,
 ) -> dict[str, Any]:
     """Trains an adapter in the folder `workdir`, going on where an earlier call stopped.
 
@@ -49,8 +53,9 @@ def train(
     Args:
       config: the run.
       workdir: its folder; holds config.json, checkpoints/, metrics.jsonl, tensorboard/, adapter/
-        and, when finished, summary.json.
+        and, when finished, scores.json and summary.json.
       console: where progress goes.
+      loads: shared by the runs of one process, so that they load base and data once.
 
     Returns:
       The summary, as in summary.json. A finished run returns it at once.
@@ -69,7 +74,7 @@ def train(
     if summary is not None and summary["steps"] == config.training.steps:
         return summary
     check_logging(config.logging)
-    session = Session.create(config)
+    session = Session.create(config, loads)
     with _disk_errors_in_words(folder), folder.lock():
         for change in changes:
             console.print(f"resuming with a change: {change}", highlight=False, markup=False)
@@ -115,6 +120,10 @@ class _Run:
         self.console = console
         self.started = time.perf_counter()
         self.first_step_seconds: float | None = None
+        self.clock = self.started
+        self.step_seconds: list[float] = []
+        self.compiled: dict[str, int] = {}
+        self.validation: Evaluation | None = None
         self.loader = session.data.loader(
             self.config.training.seed, self.config.training.accumulation
         )
@@ -137,7 +146,7 @@ class _Run:
         """Runs the remaining steps and returns the trained adapter."""
         config = self.config
         total = config.training.steps
-        train_step = self.session.train_step()
+        train_step: Any = None
         model = self.session.base.model
         with (
             _signals() as caught,
@@ -148,6 +157,8 @@ class _Run:
             pending: _Pending | None = None
             for step in range(self.first + 1, total + 1):
                 batch = next(self.loader)
+                if train_step is None:
+                    train_step = self._compile(model, batch)
                 self.state, metrics = train_step(self.state, self.parts, model, batch)
                 # The metrics of the step before are ready by now: fetching them stalls nothing.
                 if pending is not None:
@@ -163,6 +174,7 @@ class _Run:
                     pending = None
                 if saving:
                     self._save()
+                    self.clock = time.perf_counter()
                 if caught:
                     self.checkpoints.wait()
                     name = signal.Signals(caught[0]).name
@@ -172,6 +184,13 @@ class _Run:
                         128 + caught[0],
                     )
         return self.parts.merge(self.state.trained)
+
+    def _compile(self, model: Any, batch: Batch) -> Any:
+        lowered = self.session.train_step().lower(self.state, self.parts, model, batch)
+        compiled = lowered.compile()
+        memory = compiled.memory_analysis()
+        self.compiled = {"temporary_bytes": memory.temp_size_in_bytes}
+        return compiled
 
     def _report(self, reporter: Reporter, pending: _Pending, evaluating: bool = False) -> None:
         metrics = {name: float(value) for name, value in jax.device_get(pending.metrics).items()}
@@ -183,24 +202,31 @@ class _Run:
                 f"{metrics['gradient_norm']}; stopped, {kept} in {self.folder.path}. Lower "
                 "training.learning_rate, or raise warm-up or clipping"
             )
+        now = time.perf_counter()
+        seconds = now - self.clock
         if self.first_step_seconds is None:
-            self.first_step_seconds = time.perf_counter() - self.started
+            # It holds the compilation.
+            self.first_step_seconds = now - self.started
+        else:
+            self.step_seconds.append(seconds)
         record = dict(metrics)
         if evaluating:
             found, samples = self._validate()
             record |= {f"validation_{k}": v for k, v in found.to_dict().items()}
-            reporter.step(pending.step, record, pending.tokens)
+            reporter.step(pending.step, record, pending.tokens, seconds)
             reporter.say(f"step {pending.step}: validation {describe(found)}")
             for line in samples:
                 reporter.say(line)
-            reporter.restart_clock()
         else:
-            reporter.step(pending.step, record, pending.tokens)
+            reporter.step(pending.step, record, pending.tokens, seconds)
+        # What was evaluated since is no part of the next step.
+        self.clock = time.perf_counter() if evaluating else now
 
     def _validate(self) -> tuple[Evaluation, list[str]]:
         section, data = self.config.evaluation, self.session.data
         factors = self._factors(self.parts.merge(self.state.trained))
         found = evaluate(self.session.base, factors, data, "validation", section.max_new_tokens)
+        self.validation = found
         examples = data.validation[: section.samples]
         answers = generate_answers(self.session.base, factors, examples, section.max_new_tokens)
         return found, [
@@ -226,18 +252,32 @@ class _Run:
             "task": session.data.task.name,
             "adapter": adapter.summary(),
             "budget": session.budget(),
+            "compiled": self.compiled,
             "data": session.data.report(),
             "versions": {"mos_jax": mos_jax.__version__, "jax": jax.__version__},
         }
-        if config.evaluation.test_at_end:
-            self.console.print("evaluating base and adapter on the test set", highlight=False)
+        section, factors = config.evaluation, self._factors(adapter)
+        if self.validation is None:
+            # Killed after the last checkpoint: what the loop found then is only in metrics.jsonl.
+            self.validation = evaluate(
+                session.base, factors, session.data, "validation", section.max_new_tokens
+            )
+        summary["validation"] = self.validation.to_dict()
+        scores = {"validation": self.validation.scores.tolist()}
+        if section.test_at_end:
+            self.console.print("evaluating on the test set", highlight=False)
+            found = evaluate(session.base, factors, session.data, "test", section.max_new_tokens)
+            scores["test"] = found.scores.tolist()
             summary["test"] = compare(
                 session.base,
-                self._factors(adapter),
+                factors,
                 session.data,
                 "test",
-                config.evaluation.max_new_tokens,
+                section.max_new_tokens,
+                found=found,
+                with_base=section.compare_base,
             )
+        self.folder.write_scores(scores)
         save_adapter(
             self.folder.adapter,
             adapter,
@@ -255,6 +295,7 @@ class _Run:
         )
         summary["seconds"] = {
             "to_first_step": self.first_step_seconds,
+            "median_step": statistics.median(self.step_seconds) if self.step_seconds else None,
             "training": trained_seconds,
             "total": time.perf_counter() - self.started,
         }

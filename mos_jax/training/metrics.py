@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -86,7 +85,6 @@ class Reporter:
             completed=first_step,
             status="compiling the step",
         )
-        self._last = time.perf_counter()
         self._speed = 0.0
 
     def __enter__(self) -> Self:
@@ -108,17 +106,11 @@ class Reporter:
         if self._wandb is not None:
             self._wandb.finish()
 
-    def restart_clock(self) -> None:
-        """Leaves the time since the last step out of the speed (an evaluation ran)."""
-        self._last = time.perf_counter()
-
-    def step(self, step: int, metrics: Mapping[str, float], tokens: int) -> None:
-        """Reports step number `step` (from 1), with `loss` in `metrics`, and its tokens."""
-        now = time.perf_counter()
-        speed = tokens / max(now - self._last, 1e-9)
+    def step(self, step: int, metrics: Mapping[str, float], tokens: int, seconds: float) -> None:
+        """Reports step number `step` (from 1), with `loss` in `metrics`, its tokens and time."""
+        speed = tokens / max(seconds, 1e-9)
         # The first step holds the compilation; it must not colour the average.
         self._speed = speed if self._speed == 0.0 or step <= 2 else 0.9 * self._speed + 0.1 * speed
-        self._last = now
         status = f"loss {metrics['loss']:.4f}  {self._speed:.0f} tokens/s"
         self._bar.update(self._task, completed=step, status=status)
         if not self._console.is_terminal and (

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 
@@ -31,7 +34,9 @@ def make_schedule(config: TrainingSection) -> optax.Schedule:
 
 
 def make_optimizer(
-    config: TrainingSection, ratios: Mapping[str, float] = MappingProxyType({})
+    config: TrainingSection,
+    ratios: Mapping[str, float] = MappingProxyType({}),
+    schedule: optax.Schedule | None = None,
 ) -> optax.GradientTransformation:
     """AdamW (arXiv 1711.05101) after clipping by the global norm.
 
@@ -39,9 +44,10 @@ def make_optimizer(
       config: the section.
       ratios: learning rates of parts of the adapter as multiples of the section's; see
         `AdapterConfig.rate_ratios`.
+      schedule: the rate of step i (from 0); by default `make_schedule(config)`.
     """
     adamw = optax.adamw(
-        make_schedule(config),
+        make_schedule(config) if schedule is None else schedule,
         b1=config.b1,
         b2=config.b2,
         eps=config.eps,
@@ -51,6 +57,35 @@ def make_optimizer(
     scale = [scale_parts(ratios)] if ratios else []
     parts = [*clip, adamw, *scale]
     return optax.chain(*parts) if len(parts) > 1 else adamw
+
+
+def make_stackable_optimizer(
+    config: TrainingSection, ratios: Mapping[str, float] = MappingProxyType({})
+) -> optax.GradientTransformation:
+    """`make_optimizer` with the peak rate in its state, where a stacked step finds one per run.
+
+    The update is then the same function for all rates; only `init` reads the section's.
+    """
+    unit = dataclasses.replace(config, learning_rate=1.0)
+    return optax.chain(make_optimizer(unit, ratios), scale_by_kept_rate(config.learning_rate))
+
+
+class KeptRate(NamedTuple):
+    """State of `scale_by_kept_rate`: fp32 []."""
+
+    rate: jax.Array
+
+
+def scale_by_kept_rate(rate: float) -> optax.GradientTransformation:
+    """Multiplies updates by the number in its state, at first `rate`."""
+
+    def init(_params: Any) -> KeptRate:
+        return KeptRate(jnp.float32(rate))
+
+    def update(updates: Any, state: KeptRate, _params: Any = None) -> tuple[Any, KeptRate]:
+        return jax.tree.map(lambda update: update * state.rate, updates), state
+
+    return optax.GradientTransformation(init, update)
 
 
 def scale_parts(ratios: Mapping[str, float]) -> optax.GradientTransformation:

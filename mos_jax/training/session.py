@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import Any
 
 import jax
@@ -12,11 +13,35 @@ from mos_jax.adapters.adapter import Adapter
 from mos_jax.adapters.lora import LoRAConfig
 from mos_jax.adapters.methods import count_parameters, create_adapter
 from mos_jax.adapters.sites import Sites
+from mos_jax.data.config import DataConfig
 from mos_jax.data.load import Data, load_data
 from mos_jax.models.base import Base, load_base
-from mos_jax.training.config import RunConfig
+from mos_jax.training.config import BaseSection, RunConfig
 from mos_jax.training.optimizer import make_optimizer
 from mos_jax.training.step import AdapterParts, TrainState, initial_state, make_train_step
+
+
+class Loads:
+    """Loads bases and data, and remembers the last of each for the next run of one process."""
+
+    def __init__(self) -> None:
+        self._base: tuple[BaseSection, Base] | None = None
+        self._data: tuple[str, Data] | None = None
+
+    def base(self, section: BaseSection) -> Base:
+        """The base of `section`. Raises InputError."""
+        if self._base is None or self._base[0] != section:
+            # Let go first: two bases would not fit where one does.
+            self._base = self._data = None
+            self._base = section, load_base(section.name, section.dtype, section.remat)
+        return self._base[1]
+
+    def data(self, config: DataConfig, base: Base) -> Data:
+        """The data of `config`, tokenised for `base`, the one loaded last. Raises InputError."""
+        key = json.dumps(dataclasses.asdict(config), sort_keys=True)
+        if self._data is None or self._data[0] != key:
+            self._data = key, load_data(config, base.tokenizer)
+        return self._data[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,14 +63,20 @@ class Session:
     optimizer: optax.GradientTransformation
 
     @classmethod
-    def create(cls, config: RunConfig) -> Session:
-        """Loads base and data and builds the adapter. Raises InputError; writes nothing."""
+    def create(cls, config: RunConfig, loads: Loads | None = None) -> Session:
+        """Loads base and data and builds the adapter. Raises InputError; writes nothing.
+
+        Args:
+          config: the run.
+          loads: where base and data come from; a shared one spares runs in a row the loading.
+        """
+        loads = Loads() if loads is None else loads
         # The cheap things that a user may get wrong first: sites need the base, data its tokenizer.
-        base = load_base(config.base.name, config.base.dtype, config.base.remat)
+        base = loads.base(config.base)
         sites = config.sites.select(base.sites)
         init_key, _ = _keys(config)
         adapter = create_adapter(config.adapter, sites, init_key)
-        data = load_data(config.data, base.tokenizer)
+        data = loads.data(config.data, base)
         optimizer = make_optimizer(config.training, config.adapter.rate_ratios())
         return cls(config, base, adapter, data, optimizer)
 

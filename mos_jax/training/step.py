@@ -63,15 +63,39 @@ def initial_state(
     return TrainState(jnp.int32(0), trained, optimizer.init(trained), key)
 
 
+TrainStep = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+
+
 def make_train_step(
     optimizer: optax.GradientTransformation, dropout: float = 0.0, accumulation: int = 1
-) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    """Builds the compiled step `(state, parts, model, batch) -> (state, metrics)`.
+) -> TrainStep:
+    """Compiles `pure_train_step`; the state is donated."""
+    return jax.jit(pure_train_step(optimizer, dropout, accumulation), donate_argnums=0)
 
-    The state is donated. With `accumulation` A above 1, `batch` has a leading axis A; gradients of
-    the A batches are summed in a scan and divided by the number of all their targets, so the step
-    equals that of one batch that holds them all. Metrics: `loss` (nats per target token) and
-    `gradient_norm`, both fp32 [].
+
+def make_stacked_step(
+    optimizer: optax.GradientTransformation, dropout: float = 0.0, accumulation: int = 1
+) -> TrainStep:
+    """Compiles one step of K runs that share a base.
+
+    It is `pure_train_step` mapped over a leading axis K of state, frozen arrays, batch and
+    metrics; the model has no such axis, so each of its weights enters one product with the tokens
+    of all runs. Nothing is summed over K: a run does not notice its neighbours. The states are
+    donated.
+    """
+    step = pure_train_step(optimizer, dropout, accumulation)
+    return jax.jit(jax.vmap(step, in_axes=(0, 0, None, 0)), donate_argnums=0)
+
+
+def pure_train_step(
+    optimizer: optax.GradientTransformation, dropout: float = 0.0, accumulation: int = 1
+) -> TrainStep:
+    """Builds the step `(state, parts, model, batch) -> (state, metrics)`, a pure function.
+
+    With `accumulation` A above 1, `batch` has a leading axis A; gradients of the A batches are
+    summed in a scan and divided by the number of all their targets, so the step equals that of one
+    batch that holds them all. Metrics: `loss` (nats per target token) and `gradient_norm`, both
+    fp32 [].
     """
 
     def train_step(
@@ -106,4 +130,4 @@ def make_train_step(
         )
         return advanced, metrics
 
-    return jax.jit(train_step, donate_argnums=0)
+    return train_step

@@ -6,7 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,10 @@ class WorkDir:
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Stores the result; its presence marks the run as finished."""
         self._write("summary.json", summary)
+
+    def write_scores(self, scores: Mapping[str, Sequence[float]]) -> None:
+        """Stores the score of every example by split, in the order of the data's sets."""
+        self._write("scores.json", scores)
 
     def remove_summary(self) -> None:
         """Marks the run as not finished."""

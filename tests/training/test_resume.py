@@ -87,8 +87,8 @@ def test_sigterm_saves_and_says_so_and_the_rest_follows(tmp_path, train_path, mo
     seen = []
 
     class Killer(loop.Reporter):
-        def step(self, step, metrics, tokens):
-            super().step(step, metrics, tokens)
+        def step(self, step, metrics, tokens, seconds):
+            super().step(step, metrics, tokens, seconds)
             seen.append(step)
             if step == 2:
                 os.kill(os.getpid(), signal.SIGTERM)
