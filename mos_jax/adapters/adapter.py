@@ -168,6 +168,24 @@ def local_layer(site: SiteShape, layer: jax.Array | int) -> tuple[jax.Array, jax
     return jnp.argmax(here).astype(jnp.int32), jnp.any(here).astype(jnp.float32)
 
 
+def choose_blocks(
+    site: SiteShape, layer: jax.Array | int | None, scale: float
+) -> tuple[jax.Array | slice, jax.Array, tuple[int, ...] | None]:
+    """What `site_factors(name, layer)` picks from arrays [L, ...] when `scale` is that of a site.
+
+    Returns:
+      The index into the axis L, which is all of it when `layer` is None; the scale, fp32 [L] or
+      [], 0 for a block that is not adapted; and `LowRank.layers`.
+
+    Raises:
+      InputError: as `local_layer` does.
+    """
+    if layer is None:
+        return slice(None), jnp.full((site.num_layers,), scale, jnp.float32), site.layers
+    index, adapted = local_layer(site, layer)
+    return index, adapted * scale, None
+
+
 def site_key(key: jax.Array, name: str, part: str) -> jax.Array:
     """A key for one array of one site type, whatever other types are adapted."""
     return jax.random.fold_in(key, np.uint32(zlib.crc32(f"{name}/{part}".encode())))

@@ -14,11 +14,22 @@ from mos_jax.adapters.adapter import Adapter, AdapterConfig
 from mos_jax.adapters.lora import LoRAConfig
 from mos_jax.adapters.mos import MoSConfig
 from mos_jax.adapters.prolora import PRoLoRAConfig
+from mos_jax.adapters.share_lora import ShareLoRAConfig
 from mos_jax.adapters.sites import Sites
+from mos_jax.adapters.tied_lora import TiedLoRAConfig
+from mos_jax.adapters.vera import VeRAConfig
 from mos_jax.errors import InputError, suggest
 
 METHODS: dict[str, type[AdapterConfig]] = {
-    config.method: config for config in (MoSConfig, LoRAConfig, PRoLoRAConfig)
+    config.method: config
+    for config in (
+        MoSConfig,
+        LoRAConfig,
+        PRoLoRAConfig,
+        ShareLoRAConfig,
+        TiedLoRAConfig,
+        VeRAConfig,
+    )
 }
 
 

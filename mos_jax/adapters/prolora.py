@@ -20,7 +20,7 @@ from flax import nnx
 from mos_jax.adapters.adapter import (
     Adapter,
     AdapterConfig,
-    local_layer,
+    choose_blocks,
     require_integer,
     require_positive,
     site_key,
@@ -97,6 +97,7 @@ def rotate(chunk: jax.Array, chunks: int, width: int) -> jax.Array:
 
     Repetition i is the chunk rolled by i strides of max(R // chunks, 1). Where `chunks` does not
     divide the width, the chunk is wider than a `chunks`-th of it, and what hangs over is cut off.
+    The authors' code rolls A and B the other way: the same, with the rows of both chunks reversed.
 
     Args:
       chunk: fp32 [..., R, ceil(width / chunks)].
@@ -153,12 +154,7 @@ class PRoLoRA(Adapter):
     def site_factors(self, name: str, layer: jax.Array | int | None = None) -> LowRank:
         """See base class."""
         site, config = self.sites[name], self.config
-        index: jax.Array | slice = slice(None)
-        if layer is None:
-            scale, layers = jnp.full((site.num_layers,), config.scale, jnp.float32), site.layers
-        else:
-            index, adapted = local_layer(site, layer)
-            scale, layers = adapted * config.scale, None
+        index, scale, layers = choose_blocks(site, layer, config.scale)
         parts_a, parts_b = [], []
         if name in self.unshared_a:
             parts_a.append(self.unshared_a[name][index])

@@ -22,7 +22,10 @@ from mos_jax.adapters.low_rank import LowRank
 from mos_jax.adapters.methods import METHODS, count_parameters, create_adapter, make_config
 from mos_jax.adapters.mos import MoSConfig
 from mos_jax.adapters.prolora import PRoLoRAConfig
+from mos_jax.adapters.share_lora import ShareLoRAConfig
 from mos_jax.adapters.storage import load_adapter, save_adapter
+from mos_jax.adapters.tied_lora import TiedLoRAConfig
+from mos_jax.adapters.vera import VeRAConfig
 from mos_jax.errors import InputError
 from tests.adapters.fixtures_adapters import (
     MODEL_LAYERS,
@@ -43,16 +46,32 @@ CONFIGS = {
     "rslora": LoRAConfig(rank=3, rslora=True),
     "prolora": PRoLoRAConfig(rank=5, unshared_rank=1, chunks_a=3, chunks_b=2),
     "prolora-all-shared": PRoLoRAConfig(rank=3, unshared_rank=0, chunks_a=2, chunks_b=4),
+    "share-a": ShareLoRAConfig(rank=2, shared="a"),
+    "share-b": ShareLoRAConfig(rank=2, shared="b"),
+    "vera": VeRAConfig(rank=5),
+    "tied": TiedLoRAConfig(rank=2),
+    "tied-qkv": TiedLoRAConfig(rank=3, tie_qkv=True),
 }
+# Whose trained arrays start as constants, whatever the key.
+STARTS_ALIKE = {"vera"}
+# Where XLA rounds the last bit otherwise when it fuses the initialisation.
+ROUNDED_BY_FUSION = {"vb-lora"}
 TREE_MODE = {"NNX_GRAPH_MODE": "false", "NNX_GRAPH_UPDATES": "false"}
 INSIDE = "MOS_JAX_CONTRACT_IN_TREE_MODE"
+
+
+def sites_of(name, layers=False):
+    """The sites of `SITES`, under other names where a method adapts no others."""
+    sites = SOME_LAYERS if layers else SITES
+    if name == "tied-qkv":
+        return {"q_proj": sites["q_proj"], "v_proj": sites["down_proj"]}
+    return sites
 
 
 @functools.cache
 def built(name, layers=False, seed=0):
     """One build for several tests: an adapter is only read."""
-    sites = SOME_LAYERS if layers else SITES
-    return create_adapter(CONFIGS[name], sites, jax.random.key(seed))
+    return create_adapter(CONFIGS[name], sites_of(name, layers), jax.random.key(seed))
 
 
 @functools.cache
@@ -74,12 +93,12 @@ def structure(tree) -> Any:
     return jax.tree.structure(tree)
 
 
-def assert_same(have, want):
-    """The same tree of the same arrays, bitwise."""
+def assert_same(have, want, rtol=0.0):
+    """The same tree of the same arrays, bitwise unless `rtol` is given."""
     assert structure(have) == structure(want)
     for one, other in zip(jax.tree.leaves(have), jax.tree.leaves(want), strict=True):
         assert (one.shape, one.dtype) == (other.shape, other.dtype)
-        np.testing.assert_array_equal(one, other)
+        np.testing.assert_allclose(one, other, rtol=rtol, atol=0.0)
 
 
 def block(factors, row):
@@ -100,7 +119,7 @@ def test_factors_of_all_blocks_have_the_shapes_and_dtypes_of_the_contract(name, 
     adapter = built(name, layers)
     assert isinstance(adapter, Adapter)
     factors = adapter.factors()
-    assert list(factors) == list(adapter.sites) == list(SITES)
+    assert list(factors) == list(adapter.sites) == list(sites_of(name))
     for site_name, site in adapter.sites.items():
         f = factors[site_name]
         assert f.a.shape == (site.num_layers, f.rank, site.d_in)
@@ -167,12 +186,13 @@ def test_the_count_is_the_size_of_the_params_and_is_known_from_shapes(name, laye
 
 
 def test_what_belongs_to_no_single_site_type_is_counted_as_shared(name):
-    adapter = create_adapter(CONFIGS[name], SITES, jax.random.key(0))
+    adapter = create_adapter(CONFIGS[name], sites_of(name), jax.random.key(0))
     own = adapter.count_trained_by_site()
-    adapter.bank = nnx.Dict(vectors=nnx.Param(np.zeros((4, 8), np.float32)))
-    adapter.banks = nnx.Dict(q_proj=nnx.Dict(vectors=nnx.Param(np.zeros((2, 8), np.float32))))
+    adapter.probe = nnx.Dict(vectors=nnx.Param(np.zeros((4, 8), np.float32)))
+    adapter.probes = nnx.Dict(q_proj=nnx.Dict(vectors=nnx.Param(np.zeros((2, 8), np.float32))))
     counts = adapter.count_trained_by_site()
-    assert counts == {**own, "q_proj": own["q_proj"] + 16, "shared": 32}
+    shared = own.get("shared", 0) + 32
+    assert counts == {**own, "q_proj": own["q_proj"] + 16, "shared": shared}
     assert sum(counts.values()) == adapter.count_trained()
 
 
@@ -206,11 +226,11 @@ def test_every_trained_array_gets_a_gradient_and_one_step_changes_nothing_else(n
 
 
 def test_the_key_decides_what_trains_and_only_that(name):
-    same = create_adapter(CONFIGS[name], SITES, jax.random.key(0))
+    same = create_adapter(CONFIGS[name], sites_of(name), jax.random.key(0))
     other = built(name, seed=1)
     assert_same(nnx.state(same), nnx.state(built(name)))
     old, new = trained_arrays(same), trained_arrays(other)
-    assert any(np.any(old[key] != new[key]) for key in old)
+    assert any(np.any(old[key] != new[key]) for key in old) or name in STARTS_ALIKE
     for key, array in frozen_arrays(same).items():
         np.testing.assert_array_equal(frozen_arrays(other)[key], array)
 
@@ -228,12 +248,13 @@ def test_the_constructor_and_the_factors_run_under_jit_and_vmap_over_keys(name):
     for seed in range(2):
         want = create_adapter(CONFIGS[name], sites, keys[seed])
         one = jax.tree.map(lambda leaf: np.asarray(leaf[seed]), (nnx.state(many), factors))  # noqa: B023
-        assert_same(one, (nnx.state(want), want.factors()))
+        rtol = 1e-5 if name in ROUNDED_BY_FUSION else 0.0
+        assert_same(one, (nnx.state(want), want.factors()), rtol)
 
 
 def test_eval_shape_of_the_constructor_allocates_nothing_and_has_the_shapes(name):
     abstract = jax.eval_shape(
-        lambda key: create_adapter(CONFIGS[name], SITES, key), jax.random.key(0)
+        lambda key: create_adapter(CONFIGS[name], sites_of(name), key), jax.random.key(0)
     )
     want = nnx.state(built(name))
     have = nnx.state(abstract)

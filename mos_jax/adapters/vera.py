@@ -1,0 +1,132 @@
+"""VeRA, vector-based random matrix adaptation (Kopiczko et al., ICLR 2024, arXiv 2310.11454).
+
+A and B are random, frozen and shared by all blocks of a site type; a block trains one number for
+each rank vector and one for each output.
+
+Axis legend: L blocks, r rank, h = d_in, o = d_out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mos_jax.adapters.adapter import (
+    Adapter,
+    AdapterConfig,
+    Frozen,
+    choose_blocks,
+    require_finite,
+    require_integer,
+    site_key,
+)
+from mos_jax.adapters.low_rank import LowRank
+from mos_jax.adapters.sites import Sites
+from mos_jax.adapters.strictness import strict
+from mos_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class VeRAConfig(AdapterConfig):
+    """Configuration of VeRA (arXiv 2310.11454).
+
+    A site trains r + o parameters.
+
+    Attributes:
+      rank: r, rank vectors of every site; usually far above LoRA's, since none is trained.
+      d_initial: at first, what every rank vector is multiplied by. Not 0: with b at 0 too, no
+        gradient would reach either.
+      projection_seed: seeds the frozen A and B, so that all adapters of one configuration share
+        them; below 2^32.
+    """
+
+    method: ClassVar[str] = "vera"
+
+    rank: int = 256
+    d_initial: float = 0.1
+    projection_seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Checks the fields. Raises InputError."""
+        require_integer("vera", "rank", self.rank, 1)
+        require_finite("vera", "d_initial", self.d_initial)
+        if self.d_initial == 0:
+            raise InputError("vera: d_initial must not be 0, or nothing ever gets a gradient")
+        require_integer("vera", "projection_seed", self.projection_seed, 0)
+        if self.projection_seed >= 2**32:
+            raise InputError(
+                f"vera: projection_seed must be below 2^32, got {self.projection_seed}"
+            )
+
+    def build(self, sites: Sites, key: jax.Array) -> VeRA:
+        """See base class."""
+        return VeRA(self, sites, key)
+
+
+@strict
+def scale_pair(
+    a: jax.Array, b: jax.Array, vectors: jax.Array, outputs: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """A pair that blocks share, scaled by each block's own numbers.
+
+    Args:
+      a: fp32 [r, h].
+      b: fp32 [r, o].
+      vectors: fp32 [L, r] or [r], one number for each rank vector.
+      outputs: fp32 [L, o] or [o], one number for each output.
+
+    Returns:
+      fp32 [L, r, h] and [L, r, o], or [r, h] and [r, o].
+    """
+    if vectors.ndim == 2:
+        a, b = a[None], b[None]
+    return vectors[..., None] * a, b * outputs[..., None, :]
+
+
+def _draw(key: jax.Array, shape: tuple[int, int], fan_in: int) -> Frozen:
+    bound = (6 / fan_in) ** 0.5
+    return Frozen(jax.random.uniform(key, shape, jnp.float32, -bound, bound))
+
+
+class VeRA(Adapter):
+    """Frozen projections and trained scalings by site type; VeRA (arXiv 2310.11454).
+
+    The projections are drawn as PEFT draws them, Kaiming-uniform with the gain of a ReLU.
+
+    Attributes:
+      projection_a: Frozen fp32 [r, h], U(-sqrt(6 / h), sqrt(6 / h)).
+      projection_b: Frozen fp32 [r, o], U(-sqrt(6 / r), sqrt(6 / r)).
+      d: nnx.Param fp32 [L, r], `d_initial` everywhere; scales the rank vectors.
+      b: nnx.Param fp32 [L, o], zeros: step 0 is the base; scales the outputs.
+    """
+
+    config: VeRAConfig
+
+    def __init__(self, config: VeRAConfig, sites: Sites, key: jax.Array):
+        del key  # Nothing that trains starts at random.
+        super().__init__(config, sites)
+        r, seed = config.rank, jax.random.key(config.projection_seed)
+        self.projection_a: nnx.Dict = nnx.Dict()
+        self.projection_b: nnx.Dict = nnx.Dict()
+        self.d: nnx.Dict = nnx.Dict()
+        self.b: nnx.Dict = nnx.Dict()
+        for name, site in self.sites.items():
+            self.projection_a[name] = _draw(site_key(seed, name, "a"), (r, site.d_in), site.d_in)
+            self.projection_b[name] = _draw(site_key(seed, name, "b"), (r, site.d_out), r)
+            self.d[name] = nnx.Param(jnp.full((site.num_layers, r), config.d_initial, jnp.float32))
+            self.b[name] = nnx.Param(jnp.zeros((site.num_layers, site.d_out), jnp.float32))
+
+    def site_factors(self, name: str, layer: jax.Array | int | None = None) -> LowRank:
+        """See base class."""
+        index, scale, layers = choose_blocks(self.sites[name], layer, 1.0)
+        a, b = scale_pair(
+            self.projection_a[name][...],
+            self.projection_b[name][...],
+            self.d[name][index],
+            self.b[name][index],
+        )
+        return LowRank(a, b, scale, layers)
