@@ -1,4 +1,4 @@
-"""LoRA (arXiv 2106.09685) and rsLoRA (arXiv 2312.03732).
+"""LoRA (arXiv 2106.09685), rsLoRA (arXiv 2312.03732) and LoRA+ (arXiv 2402.12354).
 
 The identity among sharing methods: every site trains its own A and B.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import ClassVar
 
 import jax
@@ -35,6 +36,8 @@ class LoRAConfig(AdapterConfig):
       rank: r, rank vectors of every site.
       alpha: the scale is alpha / rank, or alpha / sqrt(rank) with `rslora`.
       rslora: rank-stabilised scale.
+      b_rate_ratio: B learns at this multiple of the learning rate (LoRA+, Hayou et al., ICML 2024,
+        arXiv 2402.12354).
     """
 
     method: ClassVar[str] = "lora"
@@ -42,17 +45,23 @@ class LoRAConfig(AdapterConfig):
     rank: int = 8
     alpha: float = 16.0
     rslora: bool = False
+    b_rate_ratio: float = 1.0
 
     def __post_init__(self) -> None:
         """Checks the fields. Raises InputError."""
         require_integer("lora", "rank", self.rank, 1)
         require_positive("lora", "alpha", self.alpha)
         require_bool("lora", "rslora", self.rslora)
+        require_positive("lora", "b_rate_ratio", self.b_rate_ratio)
 
     @property
     def scale(self) -> float:
         """The scale s in y = x W + s (x A^T) B."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def rate_ratios(self) -> Mapping[str, float]:
+        """See base class."""
+        return {} if self.b_rate_ratio == 1 else {"b": self.b_rate_ratio}
 
     def build(self, sites: Sites, key: jax.Array) -> LoRA:
         """See base class."""

@@ -2,7 +2,8 @@
 
 Per site type there is one pool of A-shards [e L l, h / l] and one of B-shards [e L l, o / l], owned
 by the adapter and shared by all blocks. A rank vector is the concatenation of l shards that a
-frozen routing table picks. Four strategies keep the blocks apart, each with its switch:
+frozen routing table picks (`pools.py`, `routing.py`). Four strategies keep the blocks apart, each
+with its switch:
 
 =====================  ==========================================  ============================
 strategy               on                                          off
@@ -13,6 +14,9 @@ vector sharding        shards_per_vector > 1                       shards_per_ve
 shard privatization    private_rank > 0                            private_rank = 0
 =====================  ==========================================  ============================
 
+Four options go beyond the paper, each one field and off by default: `balanced_routing`,
+`rank_scaling`, `pool_scope` and `b_rate_ratio`.
+
 Axis legend: L blocks, r active rank, e equivalent rank, p private rank, l shards per vector,
 h = d_in, o = d_out.
 """
@@ -20,6 +24,7 @@ h = d_in, o = d_out.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -41,9 +46,10 @@ from mos_jax.adapters.adapter import (
     uniform_fan_in,
 )
 from mos_jax.adapters.low_rank import LowRank
-from mos_jax.adapters.sites import Sites, SiteShape, check_sites
+from mos_jax.adapters.pools import SCOPES, SIDES, Pool, Scope, Side, assemble, plan_pools
+from mos_jax.adapters.sites import Sites, check_sites
 from mos_jax.adapters.strictness import strict
-from mos_jax.errors import InputError
+from mos_jax.errors import InputError, suggest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +58,8 @@ class MoSConfig(AdapterConfig):
 
     Attributes:
       equivalent_rank: e, the budget: exactly the trained parameters of LoRA of rank e, which are
-        e L (h + o) for each site type. Only random_scaling="trained" adds to it.
+        e L (h + o) for each site type. Only trained scalars add to it: `rank_scaling`,
+        random_scaling="trained".
       rank: r, the active rank of every assembled A and B. Left open (None) when every block uses
         all shards: then it is p + (e - p) L. With private_rank = equivalent_rank it is e.
       shards_per_vector: l; divides every adapted width.
@@ -66,6 +73,20 @@ class MoSConfig(AdapterConfig):
         more trained parameters for each site type, beyond the budget.
       random_scaling_mean: mean of those scalars.
       random_scaling_std: their standard deviation.
+      rank_scaling: every site has a trained diagonal between its A and its B that starts at ones:
+        L r more trained parameters for each site type, beyond the budget. It is the trained form
+        of random_scaling without the noise, so only one of the two may be set.
+      balanced_routing: every public shard is used equally often over all blocks, up to one use, so
+        that none is idle once the blocks draw as many shards as there are. With rank =
+        equivalent_rank each is used once and nothing is shared. Where every block uses all shards
+        (subset_selection=False) routing is balanced anyhow and the field changes nothing.
+      pool_scope: "site_type", a pair of pools for each type; or "width", one pool of A for all
+        types of one d_in and one of B for all types of one d_out, as large as theirs together,
+        of which every site draws from the whole public part. Rank is then bounded by the smallest
+        of these pools. Private shards stay a site's own. Needs subset_selection and
+        pair_dissociation, since the pools that meet at a site differ in size.
+      b_rate_ratio: the pools of B learn at this multiple of the learning rate (LoRA+, Hayou et
+        al., ICML 2024, arXiv 2402.12354).
     """
 
     method: ClassVar[str] = "mos"
@@ -81,17 +102,27 @@ class MoSConfig(AdapterConfig):
     random_scaling: Literal["fixed", "trained"] | None = None
     random_scaling_mean: float = 1.0
     random_scaling_std: float = 0.02
+    rank_scaling: bool = False
+    balanced_routing: bool = False
+    pool_scope: Scope = "site_type"
+    b_rate_ratio: float = 1.0
 
     def __post_init__(self) -> None:
         """Checks what can be checked without the sites. Raises InputError."""
-        e, r, p = self.equivalent_rank, self.rank, self.private_rank
-        require_integer("mos", "equivalent_rank", e, 1)
+        require_integer("mos", "equivalent_rank", self.equivalent_rank, 1)
         require_integer("mos", "shards_per_vector", self.shards_per_vector, 1)
-        require_integer("mos", "private_rank", p, 0)
+        require_integer("mos", "private_rank", self.private_rank, 0)
         require_integer("mos", "routing_seed", self.routing_seed, 0)
         require_positive("mos", "alpha", self.alpha)
-        require_bool("mos", "subset_selection", self.subset_selection)
-        require_bool("mos", "pair_dissociation", self.pair_dissociation)
+        require_positive("mos", "b_rate_ratio", self.b_rate_ratio)
+        for switch in ("subset_selection", "pair_dissociation", "rank_scaling", "balanced_routing"):
+            require_bool("mos", switch, getattr(self, switch))
+        self._check_ranks()
+        self._check_scaling()
+        self._check_pool_scope()
+
+    def _check_ranks(self) -> None:
+        e, r, p = self.equivalent_rank, self.rank, self.private_rank
         if p > e:
             raise InputError(f"mos: private_rank={p} must be at most equivalent_rank={e}")
         if r is not None:
@@ -118,10 +149,17 @@ class MoSConfig(AdapterConfig):
                 f"(the paper uses up to 8 * equivalent_rank = {8 * e}) or set "
                 "subset_selection=False"
             )
+
+    def _check_scaling(self) -> None:
         if self.random_scaling not in (None, "fixed", "trained"):
             raise InputError(
                 "mos: random_scaling must be None, 'fixed' or 'trained', got "
                 f"{self.random_scaling!r}"
+            )
+        if self.rank_scaling and self.random_scaling is not None:
+            raise InputError(
+                f"mos: rank_scaling=True contradicts random_scaling={self.random_scaling!r}: a "
+                "site has one diagonal, which starts at ones or at random; set one of the two"
             )
         require_finite("mos", "random_scaling_mean", self.random_scaling_mean)
         require_finite("mos", "random_scaling_std", self.random_scaling_std)
@@ -129,6 +167,23 @@ class MoSConfig(AdapterConfig):
             raise InputError(
                 f"mos: random_scaling_std must be >= 0, got {self.random_scaling_std!r}"
             )
+
+    def _check_pool_scope(self) -> None:
+        if self.pool_scope not in SCOPES:
+            raise InputError(
+                f"mos: pool_scope={self.pool_scope!r}; {suggest(str(self.pool_scope), SCOPES)}"
+            )
+        if self.pool_scope == "site_type":
+            return
+        for switch, reason in (
+            ("subset_selection", "every block would use all shards of both"),
+            ("pair_dissociation", "B would use A's indices"),
+        ):
+            if not getattr(self, switch):
+                raise InputError(
+                    f"mos: {switch}=False contradicts pool_scope='width': {reason}, but the pools "
+                    "of A and B that meet at a site differ in size; use pool_scope='site_type'"
+                )
 
     @classmethod
     def pure_sharing(cls, equivalent_rank: int, **fields: Any) -> MoSConfig:
@@ -156,94 +211,81 @@ class MoSConfig(AdapterConfig):
                 )
         return cls.from_dict({"equivalent_rank": equivalent_rank, **fields, **arm})
 
-    def layout(self, name: str, site: SiteShape) -> routing.PoolLayout:
-        """The pool of site type `name`.
+    def pools(self, sites: Sites, side: Side) -> list[Pool]:
+        """The pools of A or of B that `sites` need.
 
         Raises:
-          InputError: if l does not divide a width, or there are fewer public shards than r - p
-            vectors need, with the numbers.
+          InputError: if the configuration does not fit the sites, with the numbers.
         """
-        e, p, shards = self.equivalent_rank, self.private_rank, self.shards_per_vector
-        for width in ("d_in", "d_out"):
-            if getattr(site, width) % shards:
-                raise InputError(
-                    f"mos: shards_per_vector={shards} does not divide "
-                    f"{width}={getattr(site, width)} of {name!r}"
-                )
-        if self.rank is not None:
-            rank = self.rank
-        else:
-            rank = p + (e - p) * site.num_layers
-        if rank - p > (e - p) * site.num_layers:
-            raise InputError(
-                f"mos: rank={rank} needs rank - private_rank = {rank - p} public vectors in every "
-                f"block, but {name!r} has (equivalent_rank - private_rank) * num_layers = "
-                f"{(e - p) * site.num_layers} of them; lower rank or raise equivalent_rank"
-            )
-        return routing.PoolLayout(site.num_layers, e, rank, p, shards)
+        return plan_pools(
+            sites,
+            side,
+            self.pool_scope,
+            equivalent_rank=self.equivalent_rank,
+            rank=self.rank,
+            private_rank=self.private_rank,
+            shards_per_vector=self.shards_per_vector,
+        )
+
+    def rate_ratios(self) -> Mapping[str, float]:
+        """See base class."""
+        return {} if self.b_rate_ratio == 1 else {"pool_b": self.b_rate_ratio}
 
     def build(self, sites: Sites, key: jax.Array) -> MoS:
         """See base class."""
         return MoS(self, sites, key)
 
 
-@strict
-def assemble(pool: jax.Array, table: jax.Array) -> jax.Array:
-    """Puts rank vectors together from shards (the paper's equation for A^k and B^k).
-
-    Args:
-      pool: fp32 [S, w], S shards of width w.
-      table: int32 [..., r, l], which shard stands at which position; any leading axes, so that
-        all blocks at once and one block are the same function.
-
-    Returns:
-      fp32 [..., r, l * w].
-    """
-    # The indices were checked when the table was drawn or loaded.
-    shards = pool.at[table].get(mode="promise_in_bounds")
-    return shards.reshape(*table.shape[:-1], table.shape[-1] * pool.shape[-1])
-
-
 class MoS(Adapter):
-    """Pools, routing tables and, in one pilot arm, scalars; each a mapping by site type.
+    """Pools by their name; routing tables and, where asked for, scalars by site type.
 
     Attributes:
       pool_a: nnx.Param fp32 [e L l, h / l], U(-1/sqrt(h), 1/sqrt(h)) with the full h.
       pool_b: nnx.Param fp32 [e L l, o / l], zeros: step 0 is the base.
       table_a: Frozen int32 [L, r, l].
       table_b: Frozen int32 [L, r, l].
-      scaling: fp32 [L, r], nnx.Param or Frozen; empty without random scaling.
+      scaling: fp32 [L, r], a factor of each vector of A; nnx.Param or Frozen, empty without.
     """
 
     config: MoSConfig
 
     def __init__(self, config: MoSConfig, sites: Sites, key: jax.Array):
-        layouts = {name: config.layout(name, site) for name, site in check_sites(sites).items()}
+        pools_a, pools_b = (config.pools(check_sites(sites), side) for side in SIDES)
         super().__init__(config, sites)
         self.pool_a: nnx.Dict = nnx.Dict()
         self.pool_b: nnx.Dict = nnx.Dict()
         self.table_a: nnx.Dict = nnx.Dict()
         self.table_b: nnx.Dict = nnx.Dict()
         self.scaling: nnx.Dict = nnx.Dict()
-        for name, site in self.sites.items():
-            layout = layouts[name]
-            shards = config.shards_per_vector
-            shape_a = (layout.num_shards, site.d_in // shards)
-            shape_b = (layout.num_shards, site.d_out // shards)
-            self.pool_a[name] = nnx.Param(
-                uniform_fan_in(site_key(key, name, "a"), shape_a, site.d_in)
-            )
-            self.pool_b[name] = nnx.Param(jnp.zeros(shape_b, jnp.float32))
-            table_a, table_b = routing.draw_tables(
-                layout, name, config.routing_seed, config.pair_dissociation
-            )
-            self.table_a[name] = Frozen(jnp.asarray(table_a))
-            self.table_b[name] = Frozen(jnp.asarray(table_b))
-            if config.random_scaling is not None:
-                self.scaling[name] = self._draw_scaling(layout, name, key)
+        for pool in pools_a:
+            shards = uniform_fan_in(site_key(key, pool.name, "a"), pool.shape, pool.width)
+            self.pool_a[pool.name] = nnx.Param(shards)
+            self._draw_tables(pool, "a")
+        for pool in pools_b:
+            self.pool_b[pool.name] = nnx.Param(jnp.zeros(pool.shape, jnp.float32))
+            self._draw_tables(pool, "b")
+        for name in self.sites:
+            scaling = self._draw_scaling(name, key)
+            if scaling is not None:
+                self.scaling[name] = scaling
 
-    def _draw_scaling(self, layout: routing.PoolLayout, name: str, key: jax.Array) -> nnx.Variable:
-        config, shape = self.config, (layout.num_layers, layout.rank)
+    def _draw_tables(self, pool: Pool, side: Side) -> None:
+        config = self.config
+        drawn = side if config.pair_dissociation else "a"
+        table = routing.draw_table(
+            pool.layout, pool.name, drawn, config.routing_seed, config.balanced_routing
+        )
+        for name, blocks in pool.blocks.items():
+            own = jnp.asarray(table[blocks.start : blocks.stop])
+            self._tables(side)[name] = Frozen(own)
+
+    def _draw_scaling(self, name: str, key: jax.Array) -> nnx.Variable | None:
+        config, (num_layers, rank, _) = self.config, self.table_a[name].shape
+        shape = (num_layers, rank)
+        if config.rank_scaling:
+            return nnx.Param(jnp.ones(shape, jnp.float32))
+        if config.random_scaling is None:
+            return None
         if config.random_scaling == "trained":
             noise = jax.random.normal(site_key(key, name, "scaling"), shape, jnp.float32)
             values = config.random_scaling_mean + config.random_scaling_std * noise
@@ -252,9 +294,20 @@ class MoS(Adapter):
         drawn = config.random_scaling_mean + config.random_scaling_std * normals
         return Frozen(jnp.asarray(drawn, jnp.float32))
 
-    def layout(self, name: str) -> routing.PoolLayout:
-        """The layout of the pools of site type `name`."""
-        return self.config.layout(name, self.sites[name])
+    def pools(self, side: Side) -> list[Pool]:
+        """The pools of A or of B: their sizes, and which sites draw from which."""
+        return self.config.pools(self.sites, side)
+
+    def pool_table(self, pool: Pool, side: Side) -> np.ndarray:
+        """The routing tables of all site types of a pool, one after the other, on the host."""
+        return np.concatenate([np.asarray(self._tables(side)[name][...]) for name in pool.blocks])
+
+    def _tables(self, side: Side) -> nnx.Dict:
+        return self.table_a if side == "a" else self.table_b
+
+    def _shards(self, side: Side, name: str) -> jax.Array:
+        arrays = self.pool_a if side == "a" else self.pool_b
+        return next(arrays[pool.name][...] for pool in self.pools(side) if name in pool.blocks)
 
     @strict
     def site_factors(self, name: str, layer: jax.Array | int | None = None) -> LowRank:
@@ -271,51 +324,58 @@ class MoS(Adapter):
             table_a, table_b = table_a[index], table_b[index]
             scaling = None if scaling is None else scaling[index]
             scales, layers = adapted * scale, None
-        a = assemble(self.pool_a[name][...], table_a)
+        a = assemble(self._shards("a", name), table_a)
         if scaling is not None:
             a = a * scaling[..., None]
-        return LowRank(a, assemble(self.pool_b[name][...], table_b), scales, layers)
+        return LowRank(a, assemble(self._shards("b", name), table_b), scales, layers)
 
     def tables(self) -> dict[str, np.ndarray]:
         """All routing tables on the host, by `"table_a/<site type>"` and `"table_b/..."`."""
         return {
-            f"{part}/{name}": np.asarray(variable[...])
-            for part, tables in (("table_a", self.table_a), ("table_b", self.table_b))
-            for name, variable in tables.items()
+            f"table_{side}/{name}": np.asarray(variable[...])
+            for side in SIDES
+            for name, variable in self._tables(side).items()
         }
 
     def check(self) -> None:
         """Checks the routing tables against the configuration. Raises InputError."""
+        tables = self.tables()
+        for side in SIDES:
+            for pool in self.pools(side):
+                names = [f"table_{side}/{name}" for name in pool.blocks]
+                for name, blocks in zip(names, pool.blocks.values(), strict=True):
+                    routing.check_table(pool.layout, tables[name], name, blocks)
+                if self.config.balanced_routing:
+                    table = self.pool_table(pool, side)
+                    routing.check_balance(pool.layout, table, " and ".join(names))
         for name in self.sites:
-            layout = self.layout(name)
-            table_a, table_b = (
-                np.asarray(tables[name][...]) for tables in (self.table_a, self.table_b)
-            )
-            routing.check_table(layout, table_a, f"table_a/{name}")
-            routing.check_table(layout, table_b, f"table_b/{name}")
-            if not self.config.pair_dissociation and not np.array_equal(table_a, table_b):
+            same = np.array_equal(tables[f"table_a/{name}"], tables[f"table_b/{name}"])
+            if not self.config.pair_dissociation and not same:
                 raise InputError(
                     f"table_b/{name} must be equal to table_a/{name}, since "
                     "pair_dissociation=False routes A and B alike"
                 )
 
     def count_idle_parameters(self) -> int:
-        """Trained parameters in shards that no block draws; they never get a gradient."""
-        idle = 0
-        for name, site in self.sites.items():
-            layout, shards = self.layout(name), self.config.shards_per_vector
-            for tables, width in ((self.table_a, site.d_in), (self.table_b, site.d_out)):
-                unused = routing.count_idle(layout, np.asarray(tables[name][...]))
-                idle += unused * (width // shards)
-        return idle
+        """Trained parameters in shards that no site draws; they never get a gradient."""
+        return sum(
+            routing.count_idle(pool.layout, self.pool_table(pool, side)) * pool.shape[1]
+            for side in SIDES
+            for pool in self.pools(side)
+        )
 
     def summary(self) -> dict[str, Any]:
         """See base class; adds what is used, what is idle, and the idle share to expect.
 
-        `parameters_beyond_budget` are the trained scalars of random scaling: e L (h + o) for each
-        site type, and these, are all that is trained.
+        `parameters_beyond_budget` are the trained scalars: e L (h + o) for each site type, and
+        these, are all that is trained.
         """
-        layouts = [self.layout(name) for name in self.sites]
+        balanced = self.config.balanced_routing
+        shares = [
+            routing.expected_idle_share(pool.layout, balanced)
+            for side in SIDES
+            for pool in self.pools(side)
+        ]
         idle = self.count_idle_parameters()
         return {
             **super().summary(),
@@ -326,6 +386,6 @@ class MoS(Adapter):
                 for variable in self.scaling.values()
                 if isinstance(variable, nnx.Param)
             ),
-            "expected_idle_share_of_public_pool": max(map(routing.expected_idle_share, layouts)),
+            "expected_idle_share_of_public_pool": max(shares),
             "routing_checksum": routing.checksum(self.tables()),
         }

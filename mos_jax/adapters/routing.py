@@ -1,18 +1,18 @@
 """Index routing: which shards each rank vector is put together from.
 
-A routing table is int32 [L, r, l]: entry [k, j, i] is the index, in a pool of one site type, of the
-shard at position i of rank vector j of block k. It is drawn once from a seed with NumPy, outside
-any trace, frozen, stored with the adapter and checked by its checksum (MoS, arXiv 2410.00938,
-section 3: the "MoE-like" look-up that does not depend on the input).
+A routing table is int32 [L, r, l]: entry [k, j, i] is the index, in a pool of shards, of the one at
+position i of rank vector j of block k. It is drawn once from a seed with NumPy, outside any trace,
+frozen, stored with the adapter and checked by its checksum (MoS, arXiv 2410.00938, section 3: the
+"MoE-like" look-up that does not depend on the input).
 
-The pool holds the public shards first, then the private ones of block 0, 1, ...
+Everything here is of one pool; where several site types share it, its table is theirs one after
+the other (see `pools.py`).
 
 Axis legend: L blocks, r active rank, e equivalent rank, p private rank, l shards per vector.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import math
 import zlib
@@ -20,85 +20,66 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from mos_jax.adapters.pools import PoolLayout, Side
 from mos_jax.errors import InputError
 
 
-@dataclasses.dataclass(frozen=True)
-class PoolLayout:
-    """How many shards a pool has and which of them a block may use.
-
-    Attributes:
-      num_layers: L.
-      equivalent_rank: e.
-      rank: r.
-      private_rank: p.
-      shards_per_vector: l.
-    """
-
-    num_layers: int
-    equivalent_rank: int
-    rank: int
-    private_rank: int
-    shards_per_vector: int
-
-    @property
-    def num_public(self) -> int:
-        """Public shards, (e - p) L l."""
-        public_rank = self.equivalent_rank - self.private_rank
-        return public_rank * self.num_layers * self.shards_per_vector
-
-    @property
-    def num_private_per_layer(self) -> int:
-        """Private shards of one block, p l."""
-        return self.private_rank * self.shards_per_vector
-
-    @property
-    def num_shards(self) -> int:
-        """All shards, e L l."""
-        return self.num_public + self.num_layers * self.num_private_per_layer
-
-    @property
-    def num_drawn(self) -> int:
-        """Public shards that one matrix uses, (r - p) l."""
-        return (self.rank - self.private_rank) * self.shards_per_vector
-
-
-def draw_tables(
-    layout: PoolLayout, name: str, seed: int, pair_dissociation: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """Draws the tables of A and B for one site type.
+def draw_table(
+    layout: PoolLayout, name: str, side: Side, seed: int, balanced: bool = False
+) -> np.ndarray:
+    """Draws the table of one pool.
 
     Every block draws its public shards without replacement inside the matrix; across blocks they
-    repeat. When a block uses all public shards (subset selection off) the draw is a random order.
+    repeat. When a block uses all public shards (subset selection off) the draw is a random order,
+    and balanced as it is: the table is the same with `balanced` and without.
     Private shards stand in the last p vectors, in order, so that private vector j of A meets
     private vector j of B.
 
     Args:
       layout: the pool's layout.
-      name: the site type; each type has a stream of its own, whatever other types are adapted.
+      name: the pool; each has a stream of its own, whatever other types are adapted.
+      side: "a" or "b", which have streams of their own too.
       seed: the routing seed.
-      pair_dissociation: draw B's table on its own; otherwise B uses A's.
+      balanced: every public shard is used equally often over all blocks, up to one.
 
     Returns:
-      Two int32 arrays [L, r, l].
+      int32 [L, r, l].
     """
-    table_a = _draw(layout, name, seed, "a")
-    table_b = _draw(layout, name, seed, "b") if pair_dissociation else table_a.copy()
-    return table_a, table_b
-
-
-def _draw(layout: PoolLayout, name: str, seed: int, matrix: str) -> np.ndarray:
     shards, p = layout.shards_per_vector, layout.private_rank
-    table = np.empty((layout.num_layers, layout.rank, shards), np.int32)
+    stream = f"{name}/{side}"
+    draw = _draw_balanced if balanced and layout.num_drawn < layout.num_public else _draw
+    public = draw(layout, stream, seed).reshape(layout.num_layers, layout.rank - p, shards)
+    private = np.arange(layout.num_public, layout.num_shards).reshape(layout.num_layers, p, shards)
+    return np.concatenate([public, private], axis=1).astype(np.int32)
+
+
+def _draw(layout: PoolLayout, stream: str, seed: int) -> np.ndarray:
+    """Public shards of every block, int64 [L, (r - p) l], each block on its own."""
+    picks = np.empty((layout.num_layers, layout.num_drawn), np.int64)
     for k in range(layout.num_layers):
-        words = raw_words(layout.num_public, seed, f"{name}/{matrix}", k)
+        words = raw_words(layout.num_public, seed, stream, k)
         # Sorted, not Generator.permutation: see raw_words.
-        order = np.argsort(words, kind="stable")[: layout.num_drawn]
-        table[k, : layout.rank - p] = order.reshape(layout.rank - p, shards)
-        start = layout.num_public + k * layout.num_private_per_layer
-        private = np.arange(start, start + layout.num_private_per_layer)
-        table[k, layout.rank - p :] = private.reshape(p, shards)
-    return table
+        picks[k] = np.argsort(words, kind="stable")[: layout.num_drawn]
+    return picks
+
+
+def _draw_balanced(layout: PoolLayout, stream: str, seed: int) -> np.ndarray:
+    """The same, where a block takes from the shards that were used least so far.
+
+    So two shards never differ by more than one use. The blocks take their turns in random order:
+    those who draw one after the other share little, and that shall not be the neighbours.
+    """
+    picks = np.empty((layout.num_layers, layout.num_drawn), np.int64)
+    uses = np.zeros(layout.num_public, np.int64)
+    turns = np.argsort(raw_words(layout.num_layers, seed, f"{stream}/turns"), kind="stable")
+    for k in turns.tolist():
+        words = raw_words(2 * layout.num_public, seed, f"{stream}/balanced", k)
+        choice, order = words.reshape(2, layout.num_public)
+        chosen = np.lexsort((choice, uses))[: layout.num_drawn]
+        uses[chosen] += 1
+        # By words that had no part in the choice, or the least used would stand first.
+        picks[k] = chosen[np.argsort(order[chosen], kind="stable")]
+    return picks
 
 
 def draw_normals(shape: tuple[int, ...], name: str, seed: int) -> np.ndarray:
@@ -128,25 +109,29 @@ def raw_words(count: int, seed: int, stream: str, *block: int) -> np.ndarray:
     return np.random.PCG64(np.random.SeedSequence(entropy)).random_raw(count)
 
 
-def check_table(layout: PoolLayout, table: np.ndarray, where: str) -> None:
+def check_table(
+    layout: PoolLayout, table: np.ndarray, where: str, blocks: range | None = None
+) -> None:
     """Checks that `table` is a routing table of `layout`.
 
     Args:
       layout: the pool's layout.
       table: int32 [L, r, l].
       where: what the table is called in messages.
+      blocks: the blocks of the layout that `table` is for; None = all.
 
     Raises:
       InputError: for a wrong shape or dtype, an index out of range, a shard used twice in one
         matrix, or a private shard in another block than its own.
     """
-    shape = (layout.num_layers, layout.rank, layout.shards_per_vector)
+    blocks = range(layout.num_layers) if blocks is None else blocks
+    shape = (len(blocks), layout.rank, layout.shards_per_vector)
     if table.shape != shape or table.dtype != np.int32:
         raise InputError(
             f"{where}: a routing table here is int32 {shape}, got {table.dtype} {table.shape}"
         )
     public_vectors = layout.rank - layout.private_rank
-    for k in range(layout.num_layers):
+    for k, block in enumerate(blocks):
         public = table[k, :public_vectors].ravel()
         if public.size and (public.min() < 0 or public.max() >= layout.num_public):
             raise InputError(
@@ -154,13 +139,33 @@ def check_table(layout: PoolLayout, table: np.ndarray, where: str) -> None:
             )
         if len(np.unique(public)) != public.size:
             raise InputError(f"{where}: block {k} uses a public shard twice in one matrix")
-        start = layout.num_public + k * layout.num_private_per_layer
+        start = layout.num_public + block * layout.num_private_per_layer
         own = np.arange(start, start + layout.num_private_per_layer)
         if not np.array_equal(table[k, public_vectors:].ravel(), own):
             raise InputError(
                 f"{where}: the private vectors of block {k} must use shards {start} to "
                 f"{start + layout.num_private_per_layer - 1} in order"
             )
+
+
+def check_balance(layout: PoolLayout, table: np.ndarray, where: str) -> None:
+    """Checks that a table that passed `check_table` uses all public shards equally often.
+
+    Args:
+      layout: the pool's layout.
+      table: int32 [L, r, l], of all blocks.
+      where: what the table is called in messages.
+
+    Raises:
+      InputError: if the numbers of uses differ by more than one.
+    """
+    uses = count_uses(layout, table)
+    if uses.size and uses.max() - uses.min() > 1:
+        raise InputError(
+            f"{where}: shard {uses.argmin()} is used {uses.min()} times and shard "
+            f"{uses.argmax()} {uses.max()} times; with balanced_routing=True the numbers differ by "
+            "one at most"
+        )
 
 
 def checksum(tables: Mapping[str, np.ndarray]) -> str:
@@ -173,14 +178,25 @@ def checksum(tables: Mapping[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
+def count_uses(layout: PoolLayout, table: np.ndarray) -> np.ndarray:
+    """How often each public shard is used over all blocks, int64 [(e - p) L l]."""
+    public = table[:, : layout.rank - layout.private_rank]
+    return np.bincount(public.ravel(), minlength=layout.num_public)
+
+
 def count_idle(layout: PoolLayout, table: np.ndarray) -> int:
     """Number of public shards that no block draws; they stay as they were initialised."""
-    used = np.unique(table[:, : layout.rank - layout.private_rank])
-    return layout.num_public - used.size
+    return int(np.sum(count_uses(layout, table) == 0))
 
 
-def expected_idle_share(layout: PoolLayout) -> float:
-    """Expected share of the public pool that nobody draws, (1 - drawn / public)^L."""
+def expected_idle_share(layout: PoolLayout, balanced: bool = False) -> float:
+    """Expected share of the public pool that nobody draws.
+
+    (1 - drawn / public)^L; with balanced routing it is no expectation but what L draws cannot
+    cover, max(0, 1 - L drawn / public).
+    """
     if layout.num_public == 0:
         return 0.0
+    if balanced:
+        return max(0.0, 1 - layout.num_layers * layout.num_drawn / layout.num_public)
     return (1 - layout.num_drawn / layout.num_public) ** layout.num_layers
