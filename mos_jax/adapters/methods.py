@@ -14,9 +14,12 @@ from mos_jax.adapters.adapter import Adapter, AdapterConfig
 from mos_jax.adapters.lora import LoRAConfig
 from mos_jax.adapters.mos import MoSConfig
 from mos_jax.adapters.prolora import PRoLoRAConfig
+from mos_jax.adapters.rasa import RaSAConfig
 from mos_jax.adapters.share_lora import ShareLoRAConfig
 from mos_jax.adapters.sites import Sites
 from mos_jax.adapters.tied_lora import TiedLoRAConfig
+from mos_jax.adapters.uni_lora import UniLoRAConfig
+from mos_jax.adapters.vb_lora import VBLoRAConfig
 from mos_jax.adapters.vera import VeRAConfig
 from mos_jax.errors import InputError, suggest
 
@@ -26,8 +29,11 @@ METHODS: dict[str, type[AdapterConfig]] = {
         MoSConfig,
         LoRAConfig,
         PRoLoRAConfig,
+        RaSAConfig,
         ShareLoRAConfig,
         TiedLoRAConfig,
+        UniLoRAConfig,
+        VBLoRAConfig,
         VeRAConfig,
     )
 }

@@ -22,9 +22,12 @@ from mos_jax.adapters.low_rank import LowRank
 from mos_jax.adapters.methods import METHODS, count_parameters, create_adapter, make_config
 from mos_jax.adapters.mos import MoSConfig
 from mos_jax.adapters.prolora import PRoLoRAConfig
+from mos_jax.adapters.rasa import RaSAConfig
 from mos_jax.adapters.share_lora import ShareLoRAConfig
 from mos_jax.adapters.storage import load_adapter, save_adapter
 from mos_jax.adapters.tied_lora import TiedLoRAConfig
+from mos_jax.adapters.uni_lora import UniLoRAConfig
+from mos_jax.adapters.vb_lora import VBLoRAConfig
 from mos_jax.adapters.vera import VeRAConfig
 from mos_jax.errors import InputError
 from tests.adapters.fixtures_adapters import (
@@ -51,6 +54,10 @@ CONFIGS = {
     "vera": VeRAConfig(rank=5),
     "tied": TiedLoRAConfig(rank=2),
     "tied-qkv": TiedLoRAConfig(rank=3, tie_qkv=True),
+    "rasa": RaSAConfig(rank=3, shared_rank=2),
+    "rasa-all-shared": RaSAConfig(rank=1, shared_rank=1),
+    "uni-lora": UniLoRAConfig(theta_length=31, rank=3),
+    "vb-lora": VBLoRAConfig(rank=2, num_vectors=5, vector_length=4),
 }
 # Whose trained arrays start as constants, whatever the key.
 STARTS_ALIKE = {"vera"}

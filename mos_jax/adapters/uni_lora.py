@@ -1,0 +1,202 @@
+"""Uni-LoRA, all factors from one trained vector (Li et al., NeurIPS 2025, arXiv 2506.00799).
+
+Every entry of every A and B of the whole model is an entry of one trained vector theta [D], looked
+up through a frozen index and divided by the square root of how often that entry is used. As a
+matrix from theta to all factors this has orthonormal columns.
+
+Axis legend: L blocks, r rank, D trained parameters, N entries of all factors, h = d_in, o = d_out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mos_jax.adapters.adapter import (
+    Adapter,
+    AdapterConfig,
+    Frozen,
+    local_layer,
+    require_integer,
+    site_key,
+)
+from mos_jax.adapters.low_rank import LowRank
+from mos_jax.adapters.routing import raw_words
+from mos_jax.adapters.sites import Sites, check_sites
+from mos_jax.adapters.strictness import strict
+from mos_jax.errors import InputError
+
+THETA_BOUND = 0.02
+
+
+@dataclasses.dataclass(frozen=True)
+class UniLoRAConfig(AdapterConfig):
+    """Configuration of Uni-LoRA (arXiv 2506.00799). The scale is 1.
+
+    Attributes:
+      theta_length: D, all trained parameters; at most the N entries of all factors. The paper has
+        524,288 on LLaMA 2.
+      rank: r, rank vectors of every site. It costs no parameters, only a longer index: one
+        integer for each of the N entries.
+      routing_seed: seeds the index through NumPy.
+    """
+
+    method: ClassVar[str] = "uni_lora"
+
+    theta_length: int = 524_288
+    rank: int = 4
+    routing_seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Checks the fields. Raises InputError."""
+        require_integer("uni_lora", "theta_length", self.theta_length, 1)
+        require_integer("uni_lora", "rank", self.rank, 1)
+        require_integer("uni_lora", "routing_seed", self.routing_seed, 0)
+
+    def count_entries(self, sites: Sites) -> int:
+        """N, entries of all factors.
+
+        Raises:
+          InputError: if there are fewer of them than trained parameters.
+        """
+        entries = sum(math.prod(shape) for shape in index_shapes(sites, self.rank).values())
+        if self.theta_length > entries:
+            raise InputError(
+                f"uni_lora: theta_length={self.theta_length} must be at most the {entries} entries "
+                f"that all A and B have together at rank={self.rank}; lower it or raise rank"
+            )
+        return entries
+
+    def build(self, sites: Sites, key: jax.Array) -> UniLoRA:
+        """See base class."""
+        return UniLoRA(self, sites, key)
+
+
+def index_shapes(sites: Sites, rank: int) -> dict[str, tuple[int, int, int]]:
+    """Shapes of the index of every A and B, by `"index_a/<site type>"` and `"index_b/..."`.
+
+    Sorted by site type: the order in which sites are written down has no part in what is drawn.
+    """
+    return {
+        f"index_{part}/{name}": (site.num_layers, rank, width)
+        for name, site in sorted(check_sites(sites).items())
+        for part, width in (("a", site.d_in), ("b", site.d_out))
+    }
+
+
+def draw_index(
+    shapes: dict[str, tuple[int, int, int]], theta_length: int, seed: int
+) -> dict[str, np.ndarray]:
+    """Draws which entry of theta stands at every place of every factor.
+
+    All places of the model in a random order, counted off by D. So every entry is used N // D
+    times, and the first N % D entries once more. (The authors draw which ones are used once more;
+    the entries of theta are alike before training, so that this only renames them.)
+
+    Args:
+      shapes: of the parts; see `index_shapes`.
+      theta_length: D.
+      seed: the routing seed.
+
+    Returns:
+      int32 arrays of these shapes.
+    """
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    # Sorted, not Generator.permutation: see raw_words.
+    order = np.argsort(raw_words(sum(sizes), seed, "uni_lora"), kind="stable")
+    flat = (order % theta_length).astype(np.int32)
+    pieces = np.split(flat, np.cumsum(sizes)[:-1])
+    return {
+        name: piece.reshape(shape)
+        for (name, shape), piece in zip(shapes.items(), pieces, strict=True)
+    }
+
+
+class UniLoRA(Adapter):
+    """One trained vector, and the index by site type; Uni-LoRA (arXiv 2506.00799).
+
+    Neither A nor B is zero at the start: step 0 is near the base, not the base itself.
+
+    Attributes:
+      theta: nnx.Param fp32 [D], U(-0.02, 0.02); belongs to no site type.
+      index_a: Frozen int32 [L, r, h].
+      index_b: Frozen int32 [L, r, o].
+    """
+
+    config: UniLoRAConfig
+
+    def __init__(self, config: UniLoRAConfig, sites: Sites, key: jax.Array):
+        config.count_entries(sites)
+        super().__init__(config, sites)
+        # No site type has an empty name, so this key is no site's.
+        theta_key, shape = site_key(key, "", "theta"), (config.theta_length,)
+        self.theta = nnx.Param(
+            jax.random.uniform(theta_key, shape, jnp.float32, -THETA_BOUND, THETA_BOUND)
+        )
+        shapes = index_shapes(sites, config.rank)
+        index = draw_index(shapes, config.theta_length, config.routing_seed)
+        self.index_a: nnx.Dict = nnx.Dict()
+        self.index_b: nnx.Dict = nnx.Dict()
+        for name in self.sites:
+            self.index_a[name] = Frozen(jnp.asarray(index[f"index_a/{name}"]))
+            self.index_b[name] = Frozen(jnp.asarray(index[f"index_b/{name}"]))
+
+    @strict
+    def site_factors(self, name: str, layer: jax.Array | int | None = None) -> LowRank:
+        """See base class."""
+        site, theta = self.sites[name], self._normalised()
+        index: jax.Array | slice = slice(None)
+        if layer is None:
+            scale, layers = jnp.ones((site.num_layers,), jnp.float32), site.layers
+        else:
+            (index, scale), layers = local_layer(site, layer), None
+        # The indices were checked when they were drawn or loaded.
+        a, b = (
+            theta.at[part[name][index]].get(mode="promise_in_bounds")
+            for part in (self.index_a, self.index_b)
+        )
+        return LowRank(a, b, scale, layers)
+
+    def _normalised(self) -> jax.Array:
+        """Theta over the square root of how often each entry is used: fp32 [D]."""
+        uses, more = divmod(self.config.count_entries(self.sites), self.config.theta_length)
+        seldom, often = (np.float32(count**-0.5) for count in (uses, uses + 1))
+        factor = jnp.where(jnp.arange(self.config.theta_length) < more, often, seldom)
+        return self.theta[...] * factor
+
+    def tables(self) -> dict[str, np.ndarray]:
+        """The index on the host, by `"index_a/<site type>"` and `"index_b/..."`."""
+        return {
+            f"{part}/{name}": np.asarray(variable[...])
+            for part, tables in (("index_a", self.index_a), ("index_b", self.index_b))
+            for name, variable in tables.items()
+        }
+
+    def check(self) -> None:
+        """Checks shapes, range and balance of the index. Raises InputError."""
+        length, tables = self.config.theta_length, self.tables()
+        for name, shape in index_shapes(self.sites, self.config.rank).items():
+            table = tables[name]
+            if table.shape != shape or table.dtype != np.int32:
+                raise InputError(
+                    f"{name}: the index here is int32 {shape}, got {table.dtype} {table.shape}"
+                )
+            if table.min() < 0 or table.max() >= length:
+                raise InputError(f"{name}: an index lies outside 0..{length - 1}")
+        every = np.concatenate([table.ravel() for table in tables.values()])
+        used = np.bincount(every, minlength=length)
+        uses, more = divmod(self.config.count_entries(self.sites), length)
+        wanted = uses + (np.arange(length) < more)
+        wrong = np.flatnonzero(used != wanted)
+        if wrong.size:
+            entry = wrong[0]
+            raise InputError(
+                f"the index is not balanced: it uses entry {entry} of theta {used[entry]} times "
+                f"instead of {wanted[entry]}"
+            )
