@@ -6,10 +6,12 @@ is one line and its own status; anything else is a defect and keeps its trace.
 
 from __future__ import annotations
 
+import importlib.util
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -25,8 +27,10 @@ def define_config(default: str) -> flags.FlagHolder:
     """Defines `--config`, a config file whose fields can be set: `--config.training.steps=200`.
 
     Its default is loaded here and now, with the overrides of the command line, so that a mistake
-    in those is answered here too.
+    in those is answered here too. Config files may import each other, as `configs.name`.
     """
+    # Python itself looks for modules beside the program only, not beside `configs/`.
+    sys.path.append(str(Path(sys.argv[0]).resolve().parents[1]))
     try:
         holder = config_flags.DEFINE_config_file(
             "config", default, "The run; any field can be set: --config.training.steps=200."
@@ -36,6 +40,24 @@ def define_config(default: str) -> flags.FlagHolder:
     # The flag is the program's own, though it is defined here: --help must show it.
     flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS["config"])
     return holder
+
+
+def load_from_config(name: str) -> Callable[..., Any]:
+    """The function `name` of the file given as `--config`.
+
+    Raises:
+      InputError: if that file has none.
+    """
+    # "file.py:argument" is a file with an argument for its get_config().
+    path = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]
+    spec = importlib.util.spec_from_file_location("mos_jax_config_file", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, name):
+        raise InputError(f"{path} has no {name}(); the configs of sweeps in configs/ablations do")
+    return getattr(module, name)
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:

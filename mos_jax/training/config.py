@@ -244,14 +244,15 @@ class RunConfig:
     def from_mapping(cls, config: Mapping[str, Any]) -> RunConfig:
         """Builds the configuration from nested mappings; absent sections take their defaults.
 
-        `config["adapter"]` holds `method` and the fields of that method.
+        `config["adapter"]` holds `method` and the fields of that method. A section `sweep` says
+        how runs are multiplied and nothing of one run, so it is passed over.
 
         Raises:
           InputError: for an unknown section or field, or a refused value.
         """
         known = [field.name for field in dataclasses.fields(cls)]
         for name in config:
-            if name not in known:
+            if name not in known and name != "sweep":
                 raise InputError(f"config: unknown section {name!r}; {suggest(name, known)}")
         sections: dict[str, Any] = {
             name: section.from_mapping(name, config.get(name, {}))
@@ -294,6 +295,17 @@ def default_config(method: str = "mos", **adapter: Any) -> ConfigDict:
             raise InputError(f"{method}: unknown field {name!r}; {suggest(name, config.adapter)}")
         config.adapter[name] = value
     return config
+
+
+def default_adapter(method: str) -> dict[str, Any]:
+    """The fields of a method's configuration with their defaults, as plain values.
+
+    Raises:
+      InputError: for an unknown method.
+    """
+    if method not in METHODS:
+        raise InputError(f"unknown method {method!r}; {suggest(method, METHODS)}")
+    return {field.name: field.default for field in dataclasses.fields(METHODS[method])}
 
 
 def _fields(section: type) -> dict[str, Any]:

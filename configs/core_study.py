@@ -1,0 +1,31 @@
+"""The core study: does MoS beat LoRA at one budget, is it as good at a fourth, what matters in it?
+
+Command: python experiments/sweep.py --config=configs/core_study.py --workdir=runs/core
+Hardware: 2 CPU cores. Time, result: see results/core_study.
+Nine arms; two learning rates each, judged on validation data, then four seeds at the better one.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from configs import study
+from mos_jax.sweeps.combinators import arm
+
+
+def get_config() -> ConfigDict:
+    config = study.get_config()
+    config.sweep.baseline = "LoRA e=2"
+    config.sweep.learning_rates = "2e-3,6e-3"
+    return config
+
+
+def get_arms(config: ConfigDict) -> Iterator[dict[str, Any]]:
+    del config  # the arms do not depend on what flags set
+    yield study.lora(2)
+    yield study.lora(8)
+    yield from study.strategies()
+    yield study.pure_sharing()
+    # Chunks that divide every width of SmolLM2: 1 + 8 / 8 vectors, the budget exactly.
+    yield arm("PRoLoRA", method="prolora", rank=9, unshared_rank=1, chunks_a=8, chunks_b=8)

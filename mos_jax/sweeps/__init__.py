@@ -1,0 +1,1 @@
+"""Sweeps: many runs from one definition, with rates chosen on validation data."""

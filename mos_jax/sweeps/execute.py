@@ -1,0 +1,104 @@
+"""One piece of a sweep's work, in this process or another: train, and record what failed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+from rich.console import Console
+
+from mos_jax.errors import InputError, RunEnded
+from mos_jax.sweeps.definition import SweepRun
+from mos_jax.training.config import RunConfig
+from mos_jax.training.loop import Stopped, train
+from mos_jax.training.session import Loads
+from mos_jax.training.stacked import train_stacked
+
+ERROR_FILE = "error.json"
+LOG_FILE = "log.txt"
+
+Status = Literal["finished", "failed", "missing"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Runs that are trained together: one, or several in one compiled step.
+
+    Attributes:
+      folders: of the runs.
+      configs: resolved, as JSON values, so that a task can travel to another machine.
+    """
+
+    folders: tuple[str, ...]
+    configs: tuple[Mapping[str, Any], ...]
+
+    @classmethod
+    def of(cls, root: Path, runs: Sequence[SweepRun]) -> Task:
+        """The task of these runs of the sweep in the folder `root`."""
+        folders = tuple(str(root / run.folder) for run in runs)
+        return cls(folders, tuple(json.loads(json.dumps(r.config.to_dict())) for r in runs))
+
+
+def status_of(folder: str | Path) -> Status:
+    """What became of the run in `folder`."""
+    folder = Path(folder)
+    if (folder / "summary.json").exists():
+        return "finished"
+    return "failed" if (folder / ERROR_FILE).exists() else "missing"
+
+
+def execute(task: Task, loads: Loads | None = None, compiled: str = "") -> list[Status]:
+    """Trains the runs of a task; a run that fails leaves its error in its folder.
+
+    What the runs print goes to log.txt in the first folder.
+
+    Args:
+      task: the work.
+      loads: shared by the tasks of one process.
+      compiled: folder of compiled steps, for seeds share theirs; empty = none.
+
+    Returns:
+      What became of each run.
+
+    Raises:
+      Stopped: after a signal; what was done is saved, and nothing is recorded as failed.
+    """
+    if compiled:
+        jax.config.update("jax_compilation_cache_dir", compiled)
+    configs = [RunConfig.from_mapping(config) for config in task.configs]
+    first = Path(task.folders[0])
+    first.mkdir(parents=True, exist_ok=True)
+    for folder in task.folders:
+        (Path(folder) / ERROR_FILE).unlink(missing_ok=True)
+    with open(first / LOG_FILE, "a", encoding="utf-8") as stream:
+        console = Console(file=stream, width=100)
+        try:
+            if len(configs) == 1:
+                train(configs[0], first, console, loads)
+            else:
+                train_stacked(configs, task.folders, console, loads)
+        except (Stopped, KeyboardInterrupt):
+            raise
+        except Exception as error:
+            # A defect of one arm, or a full device, must not cost the others their results.
+            console.print(traceback.format_exc(), markup=False, highlight=False)
+            for folder in task.folders:
+                if status_of(folder) != "finished":
+                    record_failure(folder, error)
+    return [status_of(folder) for folder in task.folders]
+
+
+def record_failure(folder: str | Path, error: BaseException | str) -> None:
+    """Writes error.json: the run failed, and why."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    kind = "" if isinstance(error, str) else type(error).__name__
+    # What the project raises on purpose says enough; of anything else the kind matters.
+    text = str(error) if isinstance(error, (str, InputError, RunEnded)) else f"{kind}: {error}"
+    record = {"error": text or kind, "type": kind}
+    (folder / ERROR_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,112 @@
+"""Where the tasks of a sweep run: here, one after the other, or as jobs of a cluster."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from mos_jax.errors import InputError
+from mos_jax.sweeps.execute import Task, execute, record_failure, status_of
+from mos_jax.training.session import Loads
+
+# Seconds between looks at the jobs of a cluster.
+POLL = 5.0
+OnDone = Callable[[Task], None]
+OnStart = Callable[[Task], None]
+
+
+class Executor(Protocol):
+    """Runs tasks; every one has left a summary or an error in its folders when `run` returns."""
+
+    def run(self, tasks: Sequence[Task], started: OnStart, done: OnDone) -> None:
+        """Runs `tasks`, calling `started` and `done` for each in this process."""
+        ...
+
+
+@dataclasses.dataclass
+class LocalExecutor:
+    """One task after the other in this process; base and data are loaded once.
+
+    Attributes:
+      compiled: folder of compiled steps, or empty.
+      loads: where base and data come from.
+    """
+
+    compiled: str = ""
+    loads: Loads = dataclasses.field(default_factory=Loads)
+
+    def run(self, tasks: Sequence[Task], started: OnStart, done: OnDone) -> None:
+        """See base class."""
+        for task in tasks:
+            started(task)
+            execute(task, self.loads, self.compiled)
+            done(task)
+
+
+@dataclasses.dataclass
+class SubmititExecutor:
+    """Jobs through `submitit`: on a SLURM cluster, or as processes of this machine.
+
+    Attributes:
+      folder: for the jobs' scripts and logs; on a cluster a file system that all nodes see.
+      cluster: "slurm", or "local" for processes of this machine.
+      parallel: most jobs at once.
+      parameters: for `submitit.AutoExecutor.update_parameters` (`timeout_min`, `gpus_per_node`,
+        `slurm_partition`, ...).
+      compiled: folder of compiled steps, or empty.
+    """
+
+    folder: str | os.PathLike[str]
+    cluster: str = "slurm"
+    parallel: int = 16
+    parameters: dict[str, Any] = dataclasses.field(default_factory=dict)
+    compiled: str = ""
+
+    def run(self, tasks: Sequence[Task], started: OnStart, done: OnDone) -> None:
+        """See base class.
+
+        Raises:
+          InputError: if submitit is not installed, or there is no SLURM here.
+        """
+        try:
+            import submitit
+        except ImportError:
+            raise InputError(
+                "--executor=slurm needs submitit; pip install 'mos_jax[slurm]'"
+            ) from None
+        try:
+            executor = submitit.AutoExecutor(self.folder, cluster=self.cluster)
+            executor.update_parameters(**self.parameters)
+        except (RuntimeError, ValueError, NameError) as error:
+            raise InputError(f"submitit refuses: {' '.join(str(error).split())}") from None
+        waiting, jobs = list(tasks), []
+        try:
+            while waiting or jobs:
+                while waiting and len(jobs) < self.parallel:
+                    task = waiting.pop(0)
+                    jobs.append((task, executor.submit(execute, task, None, self.compiled)))
+                    started(task)
+                for task, job in list(jobs):
+                    if job.done():
+                        jobs.remove((task, job))
+                        _record_lost(task, job)
+                        done(task)
+                if jobs:
+                    time.sleep(POLL if self.cluster == "slurm" else 0.2)
+        except BaseException:
+            # Their checkpoints stay; the same command goes on from there.
+            for _, job in jobs:
+                job.cancel()
+            raise
+
+
+def _record_lost(task: Task, job: Any) -> None:
+    """Records what a job that died could not record itself (killed, out of time or memory)."""
+    for folder in task.folders:
+        if status_of(folder) == "missing":
+            lost = job.exception()
+            text = str(lost).strip().splitlines()[-1] if lost is not None else "ended silently"
+            record_failure(folder, f"job {job.job_id} left no result: {text}")

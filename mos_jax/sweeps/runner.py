@@ -1,0 +1,247 @@
+"""Running a sweep: first the learning rates, then the runs that count, resuming by default."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from mos_jax.errors import InputError
+from mos_jax.sweeps.definition import Sweep, SweepRun, fingerprint
+from mos_jax.sweeps.execute import Status, Task, record_failure, status_of
+from mos_jax.sweeps.executors import Executor
+from mos_jax.sweeps.tuning import Choice, choose_rates
+from mos_jax.training.config import differences
+from mos_jax.training.workdir import WorkDir
+
+FORMAT = "mos_jax.sweep"
+SWEEP_FILE, CHOICES_FILE = "sweep.json", "learning_rates.json"
+# May change between calls: more seeds only add runs, the others decide nothing of a run.
+MAY_CHANGE = ("sweep.seeds", "sweep.stack", "sweep.baseline")
+
+
+def run_sweep(
+    sweep: Sweep,
+    workdir: str | os.PathLike[str],
+    executor: Executor,
+    console: Console,
+    retry_failed: bool = False,
+) -> dict[Status, int]:
+    """Runs what is not finished yet.
+
+    Args:
+      sweep: what to run, checked against the base's sites by the caller.
+      workdir: its folder.
+      executor: where the runs happen.
+      console: where progress goes.
+      retry_failed: run what failed once more instead of leaving it recorded.
+
+    Returns:
+      The number of runs of the final stage by what became of them.
+
+    Raises:
+      InputError: for the folder of another sweep, or one in which a sweep is at work.
+      Stopped: after a signal; the same call goes on from there.
+    """
+    folder = WorkDir(workdir)
+    check_same(sweep, folder.path)
+    with folder.lock():
+        _write(folder.path / SWEEP_FILE, {"format": FORMAT, **sweep.to_dict()})
+        progress = _Progress(console, len(sweep.tuning()) + len(sweep.final()))
+        with progress:
+            _run_stage(sweep, sweep.tuning(), folder.path, executor, progress, retry_failed)
+            choices = choose_rates(sweep, folder.path)
+            _write(folder.path / CHOICES_FILE, {n: c.to_dict() for n, c in choices.items()})
+            final = final_runs(sweep, choices)
+            without = {name for name, choice in choices.items() if choice.learning_rate is None}
+            for run in final:
+                if run.arm in without:
+                    record_failure(folder.path / run.folder, "no learning rate of this arm worked")
+            _run_stage(sweep, final, folder.path, executor, progress, retry_failed, without)
+    found = [status_of(folder.path / run.folder) for run in final]
+    counts: dict[Status, int] = {"finished": 0, "failed": 0, "missing": 0}
+    for status in found:
+        counts[status] += 1
+    return counts
+
+
+def final_runs(sweep: Sweep, choices: dict[str, Choice]) -> list[SweepRun]:
+    """The runs of the final stage at the chosen rates."""
+    return sweep.final(
+        {n: c.learning_rate for n, c in choices.items() if c.learning_rate is not None}
+    )
+
+
+def load_sweep(workdir: str | os.PathLike[str]) -> Sweep:
+    """The sweep whose folder this is. Raises InputError if it is none."""
+    stored = _read_sweep(Path(workdir))
+    if stored is None:
+        raise InputError(f"{workdir} holds no sweep: {SWEEP_FILE} is missing")
+    return Sweep.from_dict(stored)
+
+
+def check_same(sweep: Sweep, path: str | os.PathLike[str]) -> None:
+    """Raises InputError, naming what differs, if `path` holds another sweep than this one."""
+    path = Path(path)
+    stored = _read_sweep(path)
+    if stored is None:
+        if path.exists() and any(path.iterdir()):
+            held = ", ".join(sorted(entry.name for entry in path.iterdir())[:5])
+            if held != ".lock":
+                raise InputError(f"{path} holds no sweep but {held}; choose another --workdir")
+        return
+    old, new = (json.loads(json.dumps(side)) for side in (stored, sweep.to_dict()))
+    changed = differences(old["config"], new["config"])
+    changed = {name: pair for name, pair in changed.items() if name not in MAY_CHANGE}
+    arms = [{item["arm"]: fingerprint(item) for item in side["arms"]} for side in (old, new)]
+    listed = [f"{name} was {a!r}, now {b!r}" for name, (a, b) in changed.items()]
+    listed += [f"arm {n!r}" for n in {**arms[0], **arms[1]} if arms[0].get(n) != arms[1].get(n)]
+    if old["config"]["sweep"]["seeds"] > new["config"]["sweep"]["seeds"]:
+        listed.append("sweep.seeds shrinks, which would leave runs out")
+    if listed:
+        raise InputError(
+            f"{path} holds another sweep: {'; '.join(listed)}. Choose another --workdir, or "
+            "restore these"
+        )
+
+
+def _read_sweep(path: Path) -> dict[str, Any] | None:
+    try:
+        stored = json.loads((path / SWEEP_FILE).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError as error:
+        raise InputError(f"{path / SWEEP_FILE} is not JSON ({error})") from None
+    if not isinstance(stored, dict) or stored.get("format") != FORMAT:
+        raise InputError(f"{path / SWEEP_FILE} is not the file of a sweep")
+    return stored
+
+
+def group(runs: Sequence[SweepRun], stack: int) -> list[list[SweepRun]]:
+    """Puts runs that differ only in seeds and rates together, at most `stack` of them."""
+    if stack == 1:
+        return [[run] for run in runs]
+    alike: dict[tuple[str, str], list[SweepRun]] = {}
+    for run in runs:
+        alike.setdefault((run.arm, run.stage), []).append(run)
+    return [
+        same[start : start + stack]
+        for same in alike.values()
+        for start in range(0, len(same), stack)
+    ]
+
+
+def _run_stage(
+    sweep: Sweep,
+    runs: Sequence[SweepRun],
+    root: Path,
+    executor: Executor,
+    progress: _Progress,
+    retry_failed: bool,
+    without: set[str] | None = None,
+) -> None:
+    waiting = []
+    for run in runs:
+        status = status_of(root / run.folder)
+        again = retry_failed and status == "failed" and run.arm not in (without or set())
+        if status == "missing" or again:
+            waiting.append(run)
+        else:
+            progress.skip(status)
+    tasks = [Task.of(root, part) for part in group(waiting, sweep.section.stack)]
+    if tasks:
+        executor.run(tasks, progress.started, progress.done)
+
+
+class _Progress:
+    """Runs done, running and failed, and the time left, on a terminal or as lines."""
+
+    def __init__(self, console: Console, total: int):
+        self._console = console
+        self._counts = {"finished": 0, "failed": 0}
+        self._running: dict[tuple[str, ...], float] = {}
+        self._ran = 0
+        self._total = total
+        self._began = time.perf_counter()
+        self._bar = Progress(
+            TextColumn("runs"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("runs", total=total, status="starting")
+
+    def __enter__(self) -> _Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def skip(self, status: Status) -> None:
+        """Counts a run that needs no work."""
+        self._counts[status] += 1
+        self._show()
+
+    def started(self, task: Task) -> None:
+        """A task begins."""
+        self._running[task.folders] = time.perf_counter()
+        self._show()
+
+    def done(self, task: Task) -> None:
+        """A task has ended."""
+        seconds = time.perf_counter() - self._running.pop(task.folders)
+        for folder in task.folders:
+            status = status_of(folder)
+            self._counts[status] += 1
+            self._ran += 1
+            name = "/".join(Path(folder).parts[-2:])
+            self._console.print(
+                f"{self._ended}/{self._total} {name}: {_outcome(Path(folder))}, {seconds:.0f} s; "
+                f"{self._left()}",
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
+            )
+        self._show()
+
+    @property
+    def _ended(self) -> int:
+        return sum(self._counts.values())
+
+    def _left(self) -> str:
+        if not self._ran:
+            return "time left unknown"
+        pace = (time.perf_counter() - self._began) / self._ran
+        return f"about {(self._total - self._ended) * pace / 60:.0f} min left"
+
+    def _show(self) -> None:
+        status = (
+            f"{self._counts['finished']} done, {len(self._running)} running, "
+            f"{self._counts['failed']} failed, {self._left()}"
+        )
+        self._bar.update(self._task, completed=self._ended, status=status)
+
+
+def _outcome(folder: Path) -> str:
+    status = status_of(folder)
+    if status == "failed":
+        return f"failed ({json.loads((folder / 'error.json').read_text())['error'][:120]})"
+    summary = json.loads((folder / "summary.json").read_text())
+    split = "test" if "test" in summary else "validation"
+    found = summary["test"]["adapter"] if split == "test" else summary["validation"]
+    return f"{split} accuracy {found['accuracy']:.3f}, loss {found['loss']:.3f}"
+
+
+def _write(path: Path, value: dict[str, Any]) -> None:
+    fresh = path.with_name(f".{path.name}.new")
+    fresh.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(fresh, path)
