@@ -9,9 +9,17 @@ from mos_jax.data.batches import (
     packing_figures,
 )
 from mos_jax.data.config import DataConfig
-from mos_jax.data.examples import Example, Message, Task, commonest_answer, question_and_answer
+from mos_jax.data.examples import (
+    Example,
+    Message,
+    Task,
+    TokenIds,
+    commonest_answer,
+    question_and_answer,
+)
 from mos_jax.data.load import Data, load_data, load_task
 from mos_jax.data.loader import BatchSource, Loader
+from mos_jax.data.memory import MemoryOptions, MemoryTask
 from mos_jax.data.packing import Layout, choose_layout, plan_epoch, widen
 from mos_jax.data.tokens import (
     TokenExample,
@@ -32,10 +40,13 @@ __all__ = [
     "Example",
     "Layout",
     "Loader",
+    "MemoryOptions",
+    "MemoryTask",
     "Message",
     "PackingFigures",
     "Task",
     "TokenExample",
+    "TokenIds",
     "Tokenised",
     "Tokenizer",
     "answer_ids",

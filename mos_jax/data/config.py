@@ -16,6 +16,7 @@ GENERATED_SIZES: Mapping[str, int] = MappingProxyType(
 """Examples per set of a generated task where the configuration names no number."""
 
 JSONL = "jsonl"
+MEMORY = "memory"
 
 
 @dataclass(frozen=True)
@@ -25,10 +26,12 @@ class DataConfig:
     Make one with `create`, which checks names and values.
 
     Attributes:
-        task: `jsonl`, or the name of a reasoning_gym task, with or without `reasoning_gym/`.
-        train_examples: size of the training set. None: 2000 of a generated task, or all of a file.
-        validation_examples: likewise; None: 128, or all of a file.
-        test_examples: likewise; None: 256, or all of a file.
+        task: `jsonl`, `memory` (see `memory.MemoryTask`), or the name of a reasoning_gym task, with
+            or without `reasoning_gym/`.
+        train_examples: size of the training set. None: 2000 of a generated task, or all of a file,
+            or all pairs of `memory`, whose number is an option of the task.
+        validation_examples: likewise; None: 128, or all of a file, or all pairs.
+        test_examples: likewise; None: 256, or all of a file, or all pairs.
         seed: chooses the examples of a generated task and how a file is split. It has nothing to
             do with the order of training.
         sequence_length: tokens in a row. None: chosen from the data, and nothing is too long.

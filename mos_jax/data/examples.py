@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from mos_jax.errors import InputError
 
@@ -20,6 +20,13 @@ Scoring = Literal["exact", "scorer"]
 """`exact`: one right answer, compared after normalising; `scorer`: the task judges an answer."""
 
 
+class TokenIds(NamedTuple):
+    """A prompt and its answer as token ids; neither is empty."""
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class Example:
     """A conversation that ends in the answer to be learnt.
@@ -27,10 +34,13 @@ class Example:
     Attributes:
         messages: the turns, at least two; the last one has the role `assistant`.
         id: names the example in error messages and outputs, unique within its task.
+        ids: what the model reads and writes, as it stands: no chat template, no end of turn. The
+            messages then only show it to people. None: the ids are made from the messages.
     """
 
     messages: tuple[Message, ...]
     id: str
+    ids: TokenIds | None = None
 
     @property
     def answer(self) -> str:
@@ -44,12 +54,18 @@ class Example:
 
     @property
     def question_key(self) -> str:
-        """Equal for two examples exactly when all turns before the answer are equal."""
+        """Equal for two examples exactly when all that stands before the answer is equal."""
+        if self.ids is not None:
+            return json.dumps(self.ids.prompt)
         return json.dumps([[m["role"], m["content"]] for m in self.messages[:-1]])
 
 
 class Task(Protocol):
-    """Three sets of examples that share no question, and the way answers are judged."""
+    """Three sets of examples that share no question, and the way answers are judged.
+
+    One task asks in every set what it trained on, since what it measures is recall; see
+    `memory.MemoryTask`.
+    """
 
     @property
     def name(self) -> str:
@@ -111,6 +127,10 @@ def commonest_answer(examples: Sequence[Example]) -> tuple[str, float]:
     """
     if not examples:
         raise InputError("the commonest answer of an empty set was asked for; give some examples")
-    counts = Counter(example.answer.strip() for example in examples)
-    answer, count = min(counts.items(), key=lambda item: (-item[1], item[0]))
+    counts = Counter(
+        # Bytes that are no text look alike, so ids count by themselves.
+        (example.answer.strip(), () if example.ids is None else example.ids.answer)
+        for example in examples
+    )
+    (answer, _), count = min(counts.items(), key=lambda item: (-item[1], item[0]))
     return answer, count / len(examples)

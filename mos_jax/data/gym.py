@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mos_jax.data.config import GENERATED_SIZES, DataConfig
+from mos_jax.data.config import GENERATED_SIZES, JSONL, MEMORY, DataConfig
 from mos_jax.data.examples import Example, Scoring, question_and_answer
 from mos_jax.data.scoring import exact_score, own_score, scoring_of
 from mos_jax.errors import InputError, suggest
@@ -89,8 +89,8 @@ def _plain_name(task: str, known: list[str]) -> str:
     name = task.removeprefix(PREFIX)
     if name not in known:
         raise InputError(
-            f"data.task is {task!r}, which is neither 'jsonl' nor a task of reasoning_gym; "
-            f"{suggest(name, known)}"
+            f"data.task is {task!r}, which is neither 'jsonl' nor 'memory' nor a task of "
+            f"reasoning_gym; {suggest(name, [*known, JSONL, MEMORY])}"
         )
     if name in _NEVER_THE_SAME:
         raise InputError(

@@ -8,13 +8,15 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from mos_jax.data.batches import Batch, evaluation_batches, packing_figures
-from mos_jax.data.config import JSONL, DataConfig
+from mos_jax.data.config import JSONL, MEMORY, DataConfig
 from mos_jax.data.examples import SPLITS, Example, Task, commonest_answer
 from mos_jax.data.gym import load_gym
 from mos_jax.data.jsonl import load_jsonl
 from mos_jax.data.loader import NO_END, BatchSource, Loader
+from mos_jax.data.memory import MemoryTask, load_memory
 from mos_jax.data.packing import Layout, choose_layout, shared_prefix, widen
 from mos_jax.data.tokens import TokenExample, Tokenised, Tokenizer, tokenize_all
+from mos_jax.errors import InputError
 
 Report = dict[str, int | float | str]
 
@@ -68,17 +70,23 @@ class Data:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Names the three sets: equal exactly when all their texts are equal."""
+        """Names the three sets: equal exactly when all their texts, or given ids, are equal."""
         digest = hashlib.blake2b(digest_size=16)
         for examples in (self.train, self.validation, self.test):
             digest.update(len(examples).to_bytes(8, "little"))
             for example in examples:
-                digest.update(repr((example.question_key, example.answer)).encode())
+                answer = example.answer if example.ids is None else example.ids.answer
+                digest.update(repr((example.question_key, answer)).encode())
         return digest.hexdigest()
 
     def report(self) -> Report:
-        """Returns figures on the data, JSON-able; shares and rates are from 0 to 1."""
+        """Returns figures on the data, JSON-able; shares and rates are from 0 to 1.
+
+        Of the memory probe also `pairs`, `bits` and what its sets are; see `MemoryTask.figures`.
+        """
         report: Report = {"task": self.task.name, "scoring": self.task.scoring}
+        if isinstance(self.task, MemoryTask):
+            report |= self.task.figures()
         for split in SPLITS:
             tokenised = self.tokens[split]
             report[f"{split}_examples"] = len(tokenised.examples)
@@ -110,12 +118,21 @@ class Data:
         )
 
 
-def load_task(config: DataConfig) -> Task:
+def load_task(config: DataConfig, tokenizer: Tokenizer | None = None) -> Task:
     """Returns the task of a configuration with its sets, not tokenised.
 
+    Args:
+        config: the configuration.
+        tokenizer: from whose vocabulary the memory probe draws; no other task needs it.
+
     Raises:
-        InputError: as `gym.load_gym` or `jsonl.load_jsonl`.
+        InputError: as `gym.load_gym`, `jsonl.load_jsonl` or `memory.load_memory`, or the memory
+            probe is to be drawn without a tokenizer.
     """
+    if config.task == MEMORY:
+        if tokenizer is None:
+            raise InputError(f"the task {MEMORY!r} draws token ids; give load_task the tokenizer")
+        return load_memory(config, tokenizer)
     return load_jsonl(config) if config.task == JSONL else load_gym(config)
 
 
@@ -130,7 +147,10 @@ def load_data(config: DataConfig, tokenizer: Tokenizer) -> Data:
     Raises:
         InputError: as `load_task`, `tokens.tokenize_all` or `packing.choose_layout`.
     """
-    task = load_task(config)
+    task = load_task(config, tokenizer)
+    width = config.sequence_length
+    if width is None and config.packing and isinstance(task, MemoryTask):
+        width = task.row_width
     sets = {"train": task.train, "validation": task.validation, "test": task.test}
     tokens = {
         split: tokenize_all(examples, tokenizer, config.sequence_length, config.too_long)
@@ -141,7 +161,7 @@ def load_data(config: DataConfig, tokenizer: Tokenizer) -> Data:
     layout = choose_layout(
         tokens["train"].examples,
         config.batch_size,
-        config.sequence_length,
+        width,
         config.packing,
         prefix=prefix,
     )

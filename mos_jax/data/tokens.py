@@ -52,6 +52,10 @@ class Tokenizer(Protocol):
         """Returns the text of `ids`."""
         ...
 
+    def ordinary_ids(self) -> list[int]:
+        """Returns the ids of all tokens that are not special, in order."""
+        ...
+
     def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         """Returns `messages` as one text in the form of the chat template."""
         ...
@@ -64,7 +68,8 @@ class TokenExample:
     Attributes:
         tokens: int32[n].
         is_target: bool[n]; True where the token belongs to an assistant turn (its end-of-turn
-            token included), to be predicted from the position before it. False at 0.
+            token included; an example with ids of its own has none), to be predicted from the
+            position before it. False at 0.
         id: of the example it was made from.
     """
 
@@ -135,6 +140,10 @@ def _after_answer(
 
 def _segments(example: Example, tokenizer: Tokenizer) -> Iterator[tuple[list[int], bool]]:
     """Yields the example's segments of ids in order, each with whether it is an answer."""
+    if example.ids is not None:
+        yield list(example.ids.prompt), False
+        yield list(example.ids.answer), True
+        return
     turns = [i for i, message in enumerate(example.messages) if message["role"] == "assistant"]
     before = prompt_text(example.messages[: turns[0]], tokenizer)
     yield tokenizer.encode(before), False
@@ -165,6 +174,8 @@ def prompt_ids(example: Example, tokenizer: Tokenizer) -> list[int]:
 
 def answer_ids(example: Example, tokenizer: Tokenizer) -> list[int]:
     """Returns the ids of the last assistant turn and the end-of-turn token.
+
+    Of an example with ids of its own: those of its answer, and no end of turn.
 
     Raises:
         InputError: as `tokenize_example`.

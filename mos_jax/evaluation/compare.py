@@ -91,6 +91,13 @@ def print_comparison(result: dict[str, Any], method: str, console: Console) -> N
         f"always {result['commonest_answer']!r}", f"{result['commonest_answer_rate']:.3f}", "", ""
     )
     console.print(table)
+    for name, found in rows.items():
+        if "bits_recalled" in found:
+            console.print(
+                f"{name} recalls {found['pairs_recalled']:,} pairs, {found['bits_recalled']:,.0f} "
+                f"of {found['bits_prior']:,.0f} bits.",
+                highlight=False,
+            )
 
 
 def print_samples(result: dict[str, Any], console: Console) -> None:

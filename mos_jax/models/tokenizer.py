@@ -257,6 +257,17 @@ class Tokenizer:
                 raise InputError(f"token id {token} is not between 0 and {self.vocab_size - 1}")
         return str(self._backend.decode(numbers, skip_special_tokens=skip_special))
 
+    def ordinary_ids(self) -> list[int]:
+        """Returns the ids of all tokens that stand for text, in order: the special ones left out.
+
+        Special are those that the files mark so, and `end_of_turn`, `pad` and `bos`.
+        """
+        added = self._backend.get_added_tokens_decoder()
+        special = {self.end_of_turn, self.pad, self.bos}
+        special |= {token for token, entry in added.items() if entry.special}
+        vocabulary = self._backend.get_vocab(with_added_tokens=True).values()
+        return sorted(token for token in vocabulary if token not in special)
+
     def render(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False
     ) -> str:

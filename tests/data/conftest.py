@@ -31,6 +31,9 @@ class ByteTokenizer:
         ]
         return b"".join(parts).decode()
 
+    def ordinary_ids(self) -> list[int]:
+        return list(range(256))
+
     def render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
         assert self.has_chat_template, "rendered without a chat template"
         turns = "".join(f"<s>{m['role']}\n{m['content']}</s>\n" for m in messages)

@@ -75,6 +75,14 @@ def test_decode_of_special_unknown_and_foreign_ids():
             BYTES.decode([bad])
 
 
+def test_ordinary_ids_are_all_but_the_special_ones(smollm2, folder):
+    assert BYTES.ordinary_ids() == list(range(256))
+    assert Tokenizer.from_folder(folder).ordinary_ids() == list(range(256))
+    # The first 17 of SmolLM2's vocabulary are special, and no other.
+    assert smollm2.ordinary_ids() == list(range(17, 49152))
+    assert not {smollm2.end_of_turn, smollm2.pad, smollm2.bos} & set(smollm2.ordinary_ids())
+
+
 def test_encode_refuses_what_is_not_text():
     bad_texts: list[Any] = ["a\ud800", None, 3, b"x"]
     for bad in bad_texts:
