@@ -36,7 +36,7 @@ def get_config() -> ConfigDict:
     config.data.batch_size = 3
     config.training.steps = 40
     config.training.learning_rate = 2e-3
-    config.evaluation.every = 10
+    config.evaluation.every = 20
     config.evaluation.samples = 0
     config.checkpoint.every = 20
     config.checkpoint.keep = 1
