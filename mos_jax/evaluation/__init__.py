@@ -1,1 +1,1 @@
-"""Evaluation: loss, right answers and their intervals."""
+"""Evaluation: loss and right answers."""

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from mos_jax import InputError
-from mos_jax.evaluation.statistics import wilson_interval
+from mos_jax.statistics.shares import wilson_interval
 
 
 def test_interval_of_a_known_share():

@@ -1,0 +1,1 @@
+"""Statistics of scores: intervals over seeds and items, comparisons, simulated coverage."""
