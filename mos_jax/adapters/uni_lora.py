@@ -10,6 +10,7 @@ Axis legend: L blocks, r rank, D trained parameters, N entries of all factors, h
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import ClassVar
 
@@ -108,14 +109,23 @@ def draw_index(
       int32 arrays of these shapes.
     """
     sizes = [math.prod(shape) for shape in shapes.values()]
-    # Sorted, not Generator.permutation: see raw_words.
-    order = np.argsort(raw_words(sum(sizes), seed, "uni_lora"), kind="stable")
-    flat = (order % theta_length).astype(np.int32)
+    flat = (_random_order(sum(sizes), seed) % theta_length).astype(np.int32)
     pieces = np.split(flat, np.cumsum(sizes)[:-1])
     return {
         name: piece.reshape(shape)
         for (name, shape), piece in zip(shapes.items(), pieces, strict=True)
     }
+
+
+@functools.lru_cache(maxsize=1)
+def _random_order(count: int, seed: int) -> np.ndarray:
+    """The numbers below `count` in a random order; the last one is kept, since it takes long."""
+    # Sorted, not Generator.permutation: see raw_words.
+    order = np.argsort(raw_words(count, seed, "uni_lora"), kind="stable")
+    if count < 2**31:
+        order = order.astype(np.int32)
+    order.setflags(write=False)
+    return order
 
 
 class UniLoRA(Adapter):
