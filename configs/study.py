@@ -24,7 +24,7 @@ MOS = {
 }
 
 
-def get_config() -> ConfigDict:
+def base_config() -> ConfigDict:
     config = default_config("mos", **{k: v for k, v in MOS.items() if k != "method"})
     config.base.name = "smollm2-135m-instruct"
     config.data.task = "chain_sum"

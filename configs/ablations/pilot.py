@@ -17,7 +17,7 @@ from mos_jax.sweeps.combinators import arm, grid, product
 
 
 def get_config() -> ConfigDict:
-    config = study.get_config()
+    config = study.base_config()
     config.sweep.baseline = "LoRA e=2"
     config.sweep.learning_rates = "2e-3,6e-3"
     return config

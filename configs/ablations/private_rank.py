@@ -17,7 +17,7 @@ from mos_jax.sweeps.combinators import arm, chain, grid, product
 
 
 def get_config() -> ConfigDict:
-    config = study.get_config()
+    config = study.base_config()
     config.sweep.baseline = "p=0"
     config.sweep.learning_rates = "2e-3,6e-3"
     config.sweep.budget_rank = 4

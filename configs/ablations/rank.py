@@ -16,7 +16,7 @@ from mos_jax.sweeps.combinators import arm, grid, product
 
 
 def get_config() -> ConfigDict:
-    config = study.get_config()
+    config = study.base_config()
     config.sweep.baseline = "r=8"
     config.sweep.learning_rates = "1e-3,3e-3,9e-3"
     return config

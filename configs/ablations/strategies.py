@@ -15,7 +15,7 @@ from configs import study
 
 
 def get_config() -> ConfigDict:
-    config = study.get_config()
+    config = study.base_config()
     config.sweep.baseline = "MoS"
     config.sweep.learning_rates = "2e-3,6e-3"
     return config
