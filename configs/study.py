@@ -36,6 +36,7 @@ def base_config() -> ConfigDict:
     config.data.batch_size = 3
     config.training.steps = 40
     config.training.learning_rate = 2e-3
+    config.training.warmup_share = 0.1
     config.evaluation.every = 20
     config.evaluation.samples = 0
     config.checkpoint.every = 20

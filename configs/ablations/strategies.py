@@ -17,7 +17,7 @@ from configs import study
 def get_config() -> ConfigDict:
     config = study.base_config()
     config.sweep.baseline = "MoS"
-    config.sweep.learning_rates = "2e-3,6e-3"
+    config.sweep.learning_rates = "1e-3,2.5e-3"
     return config
 
 

@@ -41,7 +41,7 @@ class SweepSection(Section):
       tuning_metric: "loss" (lowest) or "accuracy" (highest, ties by loss), of the validation set.
       seeds: reported runs of each arm, at its best rate; their seeds count from 0. A seed decides
         initialisation, order of the data, dropout and, for routed methods, the tables.
-      baseline: name of the arm that all are compared with; empty = the first.
+      baseline: names of the arms that all are compared with, with commas; empty = the first arm.
       margin: accuracy that an arm may lose against the baseline and still be called non-inferior.
         Fix it before the runs. 0 = not asked.
       budget_rank: rank of the LoRA whose trained parameters are the budget; 0 = no budget.
@@ -145,20 +145,26 @@ class Sweep:
         if len(slugs) < len(names):
             lost = next(name for name in names if name not in slugs.values())
             raise InputError(f"the arms {lost!r} and {slugs[slug(lost)]!r} would share a folder")
-        if section.baseline and section.baseline not in names:
-            raise InputError(
-                f"config: sweep.baseline {section.baseline!r} is no arm; "
-                f"{suggest(section.baseline, names)}"
-            )
         sweep = cls(section, base, arms)
+        for name in sweep.baselines:
+            if name not in names:
+                raise InputError(
+                    f"config: sweep.baseline {name!r} is no arm; {suggest(name, names)}"
+                )
         for run in sweep.every_run():
             assert run.config is not None
         return sweep
 
     @property
+    def baselines(self) -> tuple[str, ...]:
+        """Names of the arms that all others are compared with, the main one first."""
+        named = tuple(part.strip() for part in self.section.baseline.split(",") if part.strip())
+        return named or (self.arms[0].name,)
+
+    @property
     def baseline(self) -> str:
-        """Name of the arm that all others are compared with."""
-        return self.section.baseline or self.arms[0].name
+        """The first of `baselines`."""
+        return self.baselines[0]
 
     def arm(self, name: str) -> Arm:
         """The arm called `name`. Raises InputError."""

@@ -16,9 +16,10 @@ def plan(config: RunConfig) -> dict[str, Any]:
     """Builds everything, compiles the step, and runs nothing.
 
     Returns:
-      `sites`: by site type its L, d_in, d_out, rank and trained parameters; `budget`, see
-      `Session.budget`; `bytes` of base, adapter (with its frozen part), optimizer, batch and
-      activations (the compiled step's temporaries); `data`, see `Data.report`.
+      `sites`: by site type its L, d_in, d_out, rank and trained parameters; `shared`, the trained
+      parameters that belong to no single site type; `budget`, see `Session.budget`; `bytes` of
+      base, adapter (with its frozen part), optimizer, batch and activations (the compiled step's
+      temporaries); `data`, see `Data.report`.
 
     Raises:
       InputError: as for training.
@@ -43,6 +44,7 @@ def plan(config: RunConfig) -> dict[str, Any]:
             }
             for name, site in adapter.sites.items()
         },
+        "shared": counts.get("shared", 0),
         "budget": session.budget(),
         "bytes": {
             "base": _bytes(model),
@@ -65,13 +67,16 @@ def print_plan(config: RunConfig, console: Console) -> None:
     for name, site in found["sites"].items():
         numbers = (site[key] for key in ("layers", "d_in", "d_out", "rank"))
         table.add_row(name, *map(str, numbers), f"{site['trained']:,}")
+    if found["shared"]:
+        table.add_row("shared by several", "", "", "", "", f"{found['shared']:,}")
     budget = found["budget"]
     table.add_section()
     table.add_row("all", "", "", "", "", f"{budget['trained']:,}")
     console.print(table)
+    same = budget["lora_same_budget_rank"]
     console.print(
         f"LoRA at the same rank ({budget['rank']}) would train {budget['lora_same_rank']:,}; "
-        f"at the same budget it has rank {budget['lora_same_budget_rank']}.",
+        + (f"at the same budget it has rank {same}." if same else "at rank 1 it is larger."),
         highlight=False,
     )
     if "idle_parameters" in found["adapter"]:

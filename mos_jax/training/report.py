@@ -23,10 +23,11 @@ def print_summary(
     sizes.columns[1].justify = "right"
     sizes.add_row(f"this adapter (rank {budget['rank']})", f"{budget['trained']:,}")
     sizes.add_row(f"LoRA of the same rank, {budget['rank']}", f"{budget['lora_same_rank']:,}")
-    sizes.add_row(
-        f"LoRA of the same budget, rank {budget['lora_same_budget_rank']}",
-        f"{budget['lora_same_budget']:,}",
-    )
+    if budget["lora_same_budget_rank"]:
+        sizes.add_row(
+            f"LoRA of the same budget, rank {budget['lora_same_budget_rank']}",
+            f"{budget['lora_same_budget']:,}",
+        )
     console.print(sizes)
     console.print(f"On disk: {summary['adapter_bytes']:,} bytes.", highlight=False)
     if test is not None:

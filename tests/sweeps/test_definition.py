@@ -134,4 +134,6 @@ def test_a_sweep_survives_json():
     assert list(again.every_run()) == list(sweep.every_run())
     assert [one.unequal for one in again.arms] == [False, False, True]
     assert again.baseline == "mos"
-    assert tiny_sweep().baseline == "lora"
+    assert tiny_sweep().baselines == ("lora",)
+    both = tiny_sweep(baseline="mos, lora")
+    assert (both.baseline, both.baselines) == ("mos", ("mos", "lora"))
