@@ -349,6 +349,7 @@ def test_factors_and_their_use_run_under_strict_promotion(name, layers):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # 35 s of one core, but of one that may be shared by many.
 @pytest.mark.skipif(INSIDE in os.environ, reason="this is the run that the test starts")
 def test_the_contract_holds_without_the_graph_mode_of_nnx():
     # How well XLA optimises has no part in this.
