@@ -45,33 +45,34 @@ def main(_: Sequence[str]) -> None:
     from mos_jax.sweeps.runner import check_same, run_sweep
     from mos_jax.training.session import Loads
 
-    items = app.load_from_config("get_arms")(CONFIG.value)
+    get_arms, workdir = app.load_from_config("get_arms"), WORKDIR.value or ""
+    if not (workdir or DRY_RUN.value):
+        raise InputError("--workdir is missing; for example --workdir=runs/strategies")
+    items = get_arms(CONFIG.value)
     sweep, loads, console = Sweep.create(CONFIG.value.to_dict(), items), Loads(), Console()
-    if WORKDIR.value:
-        check_same(sweep, WORKDIR.value)
+    if workdir:
+        check_same(sweep, workdir)
     sweep.check_sites(loads)
     if DRY_RUN.value:
         print_costs(sweep, loads, console)
         return
-    if not WORKDIR.value:
-        raise InputError("--workdir is missing; for example --workdir=runs/strategies")
-    compiled = os.path.abspath(os.path.join(WORKDIR.value, "compiled"))
+    compiled = os.path.abspath(os.path.join(workdir, "compiled"))
     executor: Executor = LocalExecutor(compiled, loads)
     if EXECUTOR.value != "local":
         cluster = "slurm" if EXECUTOR.value == "slurm" else "local"
-        jobs = os.path.abspath(os.path.join(WORKDIR.value, "jobs"))
+        jobs = os.path.abspath(os.path.join(workdir, "jobs"))
         executor = SubmititExecutor(jobs, cluster, PARALLEL.value, _parameters(), compiled)
-    counts = run_sweep(sweep, WORKDIR.value, executor, console, RETRY_FAILED.value)
+    counts = run_sweep(sweep, workdir, executor, console, RETRY_FAILED.value)
     console.print(
         f"{counts['finished']} reported runs are finished. Next:\n"
-        f"  .venv/bin/python experiments/report.py --workdir={WORKDIR.value}",
+        f"  .venv/bin/python experiments/report.py --workdir={workdir}",
         highlight=False,
         soft_wrap=True,
     )
     if counts["failed"] or counts["missing"]:
         raise RunEnded(
             f"{counts['failed']} runs failed and {counts['missing']} are missing; why is in "
-            f"{WORKDIR.value}/runs/*/*/error.json and log.txt. --retry_failed runs them again"
+            f"{workdir}/runs/*/*/error.json and log.txt. --retry_failed runs them again"
         )
 
 

@@ -40,7 +40,7 @@ class Task:
     @classmethod
     def of(cls, root: Path, runs: Sequence[SweepRun]) -> Task:
         """The task of these runs of the sweep in the folder `root`."""
-        folders = tuple(str(root / run.folder) for run in runs)
+        folders = tuple(str(root.absolute() / run.folder) for run in runs)
         return cls(folders, tuple(json.loads(json.dumps(r.config.to_dict())) for r in runs))
 
 

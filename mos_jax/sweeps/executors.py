@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -59,17 +58,18 @@ class SubmititExecutor:
       compiled: folder of compiled steps, or empty.
     """
 
-    folder: str | os.PathLike[str]
+    folder: str
     cluster: str = "slurm"
     parallel: int = 16
     parameters: dict[str, Any] = dataclasses.field(default_factory=dict)
     compiled: str = ""
 
-    def run(self, tasks: Sequence[Task], started: OnStart, done: OnDone) -> None:
-        """See base class.
+    def __post_init__(self) -> None:
+        """Finds out at once whether jobs can be submitted.
 
         Raises:
-          InputError: if submitit is not installed, or there is no SLURM here.
+          InputError: if submitit is not installed, there is no SLURM here, or a parameter is
+            unknown or refused.
         """
         try:
             import submitit
@@ -78,16 +78,20 @@ class SubmititExecutor:
                 "--executor=slurm needs submitit; pip install 'mos_jax[slurm]'"
             ) from None
         try:
-            executor = submitit.AutoExecutor(self.folder, cluster=self.cluster)
-            executor.update_parameters(**self.parameters)
-        except (RuntimeError, ValueError, NameError) as error:
+            self._executor = submitit.AutoExecutor(self.folder, cluster=self.cluster)
+            self._executor.update_parameters(**self.parameters)
+        except (RuntimeError, ValueError, NameError, TypeError) as error:
             raise InputError(f"submitit refuses: {' '.join(str(error).split())}") from None
-        waiting, jobs = list(tasks), []
+
+    def run(self, tasks: Sequence[Task], started: OnStart, done: OnDone) -> None:
+        """See base class."""
+        waiting = list(tasks)
+        jobs: list[tuple[Task, Any]] = []
         try:
             while waiting or jobs:
                 while waiting and len(jobs) < self.parallel:
                     task = waiting.pop(0)
-                    jobs.append((task, executor.submit(execute, task, None, self.compiled)))
+                    jobs.append((task, self._executor.submit(execute, task, None, self.compiled)))
                     started(task)
                 for task, job in list(jobs):
                     if job.done():
