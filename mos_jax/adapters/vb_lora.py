@@ -160,8 +160,8 @@ class VBLoRA(Adapter):
         """Values of the stored form: the bank, and k indices and k - 1 weights a sub-vector.
 
         The paper counts parameters like this, an index as one value and the last weight as what is
-        missing to 1; it is tens to hundreds of times less than what is trained. A server needs no more. The
-        adapter on disk keeps all logits, so that training can go on.
+        missing to 1; it is tens to hundreds of times less than what is trained. A server needs no
+        more. The adapter on disk keeps all logits, so that training can go on.
         """
         r, b, k = self.config.rank, self.config.vector_length, self.config.top_k
         pieces = sum(
