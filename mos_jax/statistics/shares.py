@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
-import math
+import numpy as np
+from numpy.typing import ArrayLike
 
 from mos_jax.errors import InputError
 
 # Two-sided 95% quantile of the normal distribution.
 Z95 = 1.959963984540054
+
+
+def score_ends(
+    share: ArrayLike, trials: ArrayLike, quantile: ArrayLike
+) -> tuple[np.ndarray, np.ndarray]:
+    """The ends of Wilson's score interval, elementwise.
+
+    Args:
+      share: observed shares, 0..1.
+      trials: numbers of trials, above 0; an effective number need not be whole.
+      quantile: of the normal or t distribution.
+
+    Returns:
+      Lower and upper ends, inside 0..1.
+    """
+    share, trials = np.asarray(share, np.float64), np.asarray(trials, np.float64)
+    weight = np.square(np.asarray(quantile, np.float64)) / trials
+    centre = share + weight / 2
+    half = np.sqrt(weight * (share * (1 - share) + weight / 4))
+    low, high = (centre - half) / (1 + weight), (centre + half) / (1 + weight)
+    # Rounding must not push the ends past the exact limits at 0 and at all successes.
+    return np.where(share == 0, 0.0, low), np.where(share == 1, 1.0, high)
 
 
 def wilson_interval(successes: float, trials: int, z: float = Z95) -> tuple[float, float]:
@@ -27,10 +50,5 @@ def wilson_interval(successes: float, trials: int, z: float = Z95) -> tuple[floa
     """
     if trials < 1 or not 0 <= successes <= trials:
         raise InputError(f"need 0 <= successes <= trials >= 1, got {successes!r} of {trials!r}")
-    share = successes / trials
-    denominator = 1 + z * z / trials
-    centre = share + z * z / (2 * trials)
-    half = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
-    low, high = (centre - half) / denominator, (centre + half) / denominator
-    # Rounding must not push the ends past the exact limits at 0 and at all successes.
-    return (0.0 if successes == 0 else low), (1.0 if successes == trials else high)
+    low, high = score_ends(successes / trials, trials, z)
+    return float(low), float(high)
