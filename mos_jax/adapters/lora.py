@@ -17,7 +17,7 @@ from flax import nnx
 from mos_jax.adapters.adapter import (
     Adapter,
     AdapterConfig,
-    local_layer,
+    choose_blocks,
     require_bool,
     require_integer,
     require_positive,
@@ -85,10 +85,5 @@ class LoRA(Adapter):
 
     def site_factors(self, name: str, layer: jax.Array | int | None = None) -> LowRank:
         """See base class."""
-        site = self.sites[name]
-        a, b = self.a[name][...], self.b[name][...]
-        if layer is None:
-            scale = jnp.full((site.num_layers,), self.config.scale, jnp.float32)
-            return LowRank(a, b, scale, site.layers)
-        index, adapted = local_layer(site, layer)
-        return LowRank(a[index], b[index], adapted * self.config.scale)
+        index, scale, layers = choose_blocks(self.sites[name], layer, self.config.scale)
+        return LowRank(self.a[name][index], self.b[name][index], scale, layers)

@@ -37,7 +37,7 @@ from mos_jax.adapters.adapter import (
     Adapter,
     AdapterConfig,
     Frozen,
-    local_layer,
+    choose_blocks,
     require_bool,
     require_finite,
     require_integer,
@@ -312,22 +312,13 @@ class MoS(Adapter):
     @strict
     def site_factors(self, name: str, layer: jax.Array | int | None = None) -> LowRank:
         """See base class."""
-        site = self.sites[name]
-        table_a, table_b = self.table_a[name][...], self.table_b[name][...]
-        scaling = self.scaling[name][...] if name in self.scaling else None
-        scale = self.config.alpha / table_a.shape[1]
-        if layer is None:
-            scales = jnp.full((site.num_layers,), scale, jnp.float32)
-            layers = site.layers
-        else:
-            index, adapted = local_layer(site, layer)
-            table_a, table_b = table_a[index], table_b[index]
-            scaling = None if scaling is None else scaling[index]
-            scales, layers = adapted * scale, None
-        a = assemble(self._shards("a", name), table_a)
-        if scaling is not None:
-            a = a * scaling[..., None]
-        return LowRank(a, assemble(self._shards("b", name), table_b), scales, layers)
+        rank = self.table_a[name].shape[1]
+        index, scale, layers = choose_blocks(self.sites[name], layer, self.config.alpha / rank)
+        a = assemble(self._shards("a", name), self.table_a[name][index])
+        if name in self.scaling:
+            a = a * self.scaling[name][index][..., None]
+        b = assemble(self._shards("b", name), self.table_b[name][index])
+        return LowRank(a, b, scale, layers)
 
     def tables(self) -> dict[str, np.ndarray]:
         """All routing tables on the host, by `"table_a/<site type>"` and `"table_b/..."`."""

@@ -19,7 +19,7 @@ from flax import nnx
 from mos_jax.adapters.adapter import (
     Adapter,
     AdapterConfig,
-    local_layer,
+    choose_blocks,
     require_integer,
     require_positive,
     site_key,
@@ -119,11 +119,7 @@ class RaSA(Adapter):
     def site_factors(self, name: str, layer: jax.Array | int | None = None) -> LowRank:
         """See base class."""
         site = self.sites[name]
-        index: jax.Array | slice = slice(None)
-        if layer is None:
-            scale, layers = jnp.ones((site.num_layers,), jnp.float32), site.layers
-        else:
-            (index, scale), layers = local_layer(site, layer), None
+        index, scale, layers = choose_blocks(site, layer, 1.0)
         diagonal = self.diagonal[name][index]
         a, b = self.shared_a[name][...], self.shared_b[name][...]
         if layer is None:

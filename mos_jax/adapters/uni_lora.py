@@ -23,7 +23,7 @@ from mos_jax.adapters.adapter import (
     Adapter,
     AdapterConfig,
     Frozen,
-    local_layer,
+    choose_blocks,
     require_integer,
     site_key,
 )
@@ -160,12 +160,8 @@ class UniLoRA(Adapter):
     @strict
     def site_factors(self, name: str, layer: jax.Array | int | None = None) -> LowRank:
         """See base class."""
-        site, theta = self.sites[name], self._normalised()
-        index: jax.Array | slice = slice(None)
-        if layer is None:
-            scale, layers = jnp.ones((site.num_layers,), jnp.float32), site.layers
-        else:
-            (index, scale), layers = local_layer(site, layer), None
+        theta = self._normalised()
+        index, scale, layers = choose_blocks(self.sites[name], layer, 1.0)
         # The indices were checked when they were drawn or loaded.
         a, b = (
             theta.at[part[name][index]].get(mode="promise_in_bounds")

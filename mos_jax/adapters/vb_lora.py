@@ -21,7 +21,7 @@ from flax import nnx
 from mos_jax.adapters.adapter import (
     Adapter,
     AdapterConfig,
-    local_layer,
+    choose_blocks,
     require_integer,
     require_positive,
     site_key,
@@ -146,12 +146,8 @@ class VBLoRA(Adapter):
     @strict
     def site_factors(self, name: str, layer: jax.Array | int | None = None) -> LowRank:
         """See base class."""
-        site, bank, top_k = self.sites[name], self.bank[...], self.config.top_k
-        index: jax.Array | slice = slice(None)
-        if layer is None:
-            scale, layers = jnp.ones((site.num_layers,), jnp.float32), site.layers
-        else:
-            (index, scale), layers = local_layer(site, layer), None
+        bank, top_k = self.bank[...], self.config.top_k
+        index, scale, layers = choose_blocks(self.sites[name], layer, 1.0)
         a = admix(bank, self.logits_a[name][index], top_k)
         b = admix(bank, self.logits_b[name][index], top_k)
         return LowRank(a, b, scale, layers)
