@@ -30,9 +30,15 @@ class Frozen(nnx.Variable):
 
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig(abc.ABC):
-    """What all methods' configurations can do. Subclasses are frozen dataclasses."""
+    """What all methods' configurations can do. Subclasses are frozen dataclasses.
+
+    Attributes:
+      method: the method's name.
+      size_field: the field that decides how much is trained; see `budget.fit`.
+    """
 
     method: ClassVar[str]
+    size_field: ClassVar[str] = "rank"
 
     @abc.abstractmethod
     def build(self, sites: Sites, key: jax.Array) -> Adapter:

@@ -18,17 +18,6 @@ from mos_jax.adapters.methods import METHODS, count_parameters, make_config
 from mos_jax.adapters.sites import Sites, check_sites
 from mos_jax.errors import InputError, suggest
 
-SIZE_FIELDS = {
-    "lora": "rank",
-    "mos": "equivalent_rank",
-    "prolora": "rank",
-    "rasa": "rank",
-    "share_lora": "rank",
-    "tied_lora": "rank",
-    "uni_lora": "theta_length",
-    "vb_lora": "num_vectors",
-    "vera": "rank",
-}
 REACH = 4
 LONGEST_SUB_VECTOR = 256
 
@@ -51,7 +40,7 @@ class Fitted:
 def fit(method: str, sites: Sites, budget: int, /, **fixed: Any) -> Fitted:
     """Finds the largest setting of a method with at most `budget` trained parameters.
 
-    Only the method's size (`SIZE_FIELDS`) is searched, from shapes alone. Fields that are neither
+    Only the method's size (`AdapterConfig.size_field`) is searched, from shapes alone. Fields that are neither
     fixed nor given a default below have those of the configuration:
 
     - MoS: `rank` is 4 times the equivalent rank, or as many vectors as there are.
@@ -73,7 +62,7 @@ def fit(method: str, sites: Sites, budget: int, /, **fixed: Any) -> Fitted:
     if method not in METHODS:
         raise InputError(f"unknown method {method!r}; {suggest(method, METHODS)}")
     require_integer("budget", "budget", budget, 1)
-    field = SIZE_FIELDS[method]
+    field = METHODS[method].size_field
     if field in fixed:
         raise InputError(
             f"budget: {field}={fixed[field]!r} is what the budget decides for {method}; leave it "

@@ -90,6 +90,7 @@ class MoSConfig(AdapterConfig):
     """
 
     method: ClassVar[str] = "mos"
+    size_field: ClassVar[str] = "equivalent_rank"
 
     equivalent_rank: int = 2
     rank: int | None = None

@@ -49,6 +49,7 @@ class UniLoRAConfig(AdapterConfig):
     """
 
     method: ClassVar[str] = "uni_lora"
+    size_field: ClassVar[str] = "theta_length"
 
     theta_length: int = 524_288
     rank: int = 4

@@ -52,6 +52,7 @@ class VBLoRAConfig(AdapterConfig):
     """
 
     method: ClassVar[str] = "vb_lora"
+    size_field: ClassVar[str] = "num_vectors"
 
     rank: int = 4
     num_vectors: int = 256

@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from mos_jax.adapters.budget import SIZE_FIELDS, fit
+from mos_jax.adapters.budget import fit
 from mos_jax.adapters.lora import LoRAConfig
 from mos_jax.adapters.methods import METHODS, count_parameters
 from mos_jax.adapters.mos import MoSConfig
@@ -26,9 +26,8 @@ def trained(config, sites=SITES):
 
 
 def test_every_method_has_a_size():
-    assert set(SIZE_FIELDS) == set(METHODS)
-    for method, field in SIZE_FIELDS.items():
-        assert field in {known.name for known in dataclasses.fields(METHODS[method])}
+    for config in METHODS.values():
+        assert config.size_field in {known.name for known in dataclasses.fields(config)}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -38,7 +37,7 @@ def test_the_next_larger_setting_exceeds_the_budget(method, budget):
     assert fitted.config.method == method
     assert fitted.trained == trained(fitted.config) <= budget
     assert fitted.ratio == fitted.trained / budget <= 1
-    field = SIZE_FIELDS[method]
+    field = METHODS[method].size_field
     larger = dataclasses.replace(fitted.config, **{field: getattr(fitted.config, field) + 1})
     assert trained(larger) > budget
 
@@ -56,7 +55,7 @@ def test_the_next_larger_setting_exceeds_the_budget(method, budget):
 )
 @pytest.mark.parametrize("budget", [1500, 2345])
 def test_it_finds_what_a_search_through_all_sizes_finds(method, fixed, sizes, budget):
-    field = SIZE_FIELDS[method]
+    field = METHODS[method].size_field
     counts = {size: trained(METHODS[method](**{field: size}, **fixed)) for size in sizes}
     assert min(counts.values()) <= budget < max(counts.values())
     best = max(size for size in sizes if counts[size] <= budget)
