@@ -40,8 +40,8 @@ class Fitted:
 def fit(method: str, sites: Sites, budget: int, /, **fixed: Any) -> Fitted:
     """Finds the largest setting of a method with at most `budget` trained parameters.
 
-    Only the method's size (`AdapterConfig.size_field`) is searched, from shapes alone. Fields that are neither
-    fixed nor given a default below have those of the configuration:
+    Only the method's size (`AdapterConfig.size_field`) is searched, from shapes alone. Fields that
+    are neither fixed nor given a default below have those of the configuration:
 
     - MoS: `rank` is 4 times the equivalent rank, or as many vectors as there are.
     - PRoLoRA: `unshared_rank` is 1, or 0 where LoRA of rank 2 is above the budget; `chunks_a` and
