@@ -37,7 +37,7 @@ def base_config() -> ConfigDict:
     config.training.steps = 40
     config.training.learning_rate = 2e-3
     config.training.warmup_share = 0.1
-    config.evaluation.every = 20
+    config.evaluation.every = 0
     config.evaluation.samples = 0
     config.checkpoint.every = 20
     config.checkpoint.keep = 1
