@@ -1,4 +1,12 @@
-r"""Memorises random pairs of token ids in the q and v projections alone (the memory probe)."""
+r"""Memorises random pairs of token ids in the q and v projections alone (the memory probe).
+
+Command: python experiments/train.py --config=configs/methods/memory_probe.py --workdir=runs/m
+         python experiments/train.py --config=configs/methods/memory_probe.py:lora --workdir=runs/l
+Hardware: 2 CPU cores. Time: a step of 64 pairs takes 1.0 seconds of CPU time, one of 128 takes 1.8.
+Result: recall over steps. The untouched base recalls nothing of 128 pairs. A rate of 4e-3 seems too
+high here: of 512 pairs in steps of 64, LoRA and MoS both recalled none after 60 steps, and their
+losses had turned upwards. Training and evaluation ask the same pairs, on purpose.
+"""
 
 from ml_collections import ConfigDict
 
@@ -15,11 +23,11 @@ def get_config(method: str = "mos") -> ConfigDict:
     config.base.name = "smollm2-135m-instruct"
     config.sites.include = "q_proj,v_proj"
     config.data.task = "memory"
-    config.data.task_options = {"pairs": 512, "key_tokens": 3, "value_tokens": 2}
-    # Rows of 16 pairs, so that a step sees 128 of them.
-    config.data.batch_size = 8
-    config.training.steps = 200
-    config.training.learning_rate = 4e-3
+    config.data.task_options = {"pairs": 256, "key_tokens": 3, "value_tokens": 2}
+    # Rows of 16 pairs, so that a step sees 64 of them.
+    config.data.batch_size = 4
+    config.training.steps = 160
+    config.training.learning_rate = 2e-3
     config.evaluation.every = 20
     config.evaluation.max_new_tokens = 2
     config.checkpoint.every = 100
