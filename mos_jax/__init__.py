@@ -8,8 +8,15 @@ from mos_jax.adapters.lora import LoRAConfig
 from mos_jax.adapters.low_rank import LowRank
 from mos_jax.adapters.methods import METHODS, count_parameters, create_adapter
 from mos_jax.adapters.mos import MoSConfig
+from mos_jax.adapters.prolora import PRoLoRAConfig
+from mos_jax.adapters.rasa import RaSAConfig
+from mos_jax.adapters.share_lora import ShareLoRAConfig
 from mos_jax.adapters.sites import SiteShape, select_sites
 from mos_jax.adapters.storage import load_adapter, save_adapter
+from mos_jax.adapters.tied_lora import TiedLoRAConfig
+from mos_jax.adapters.uni_lora import UniLoRAConfig
+from mos_jax.adapters.vb_lora import VBLoRAConfig
+from mos_jax.adapters.vera import VeRAConfig
 from mos_jax.errors import InputError
 from mos_jax.models.base import Base, load_base
 from mos_jax.models.generation import Sampling, generate
@@ -25,8 +32,15 @@ __all__ = [
     "LoRAConfig",
     "LowRank",
     "MoSConfig",
+    "PRoLoRAConfig",
+    "RaSAConfig",
     "Sampling",
+    "ShareLoRAConfig",
     "SiteShape",
+    "TiedLoRAConfig",
+    "UniLoRAConfig",
+    "VBLoRAConfig",
+    "VeRAConfig",
     "count_parameters",
     "create_adapter",
     "generate",
