@@ -20,7 +20,7 @@ SETUP := PYTHON="$(PYTHON)" sh tools/setup.sh
 PYTEST := $(PY) -m pytest -n $(JOBS) --dist loadfile
 CODE := mos_jax experiments configs tests tools
 
-.PHONY: help setup interop quickstart test parity lint format bench wheel clean distclean
+.PHONY: help setup interop quickstart test parity lint format bench study coverage wheel clean distclean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
@@ -52,6 +52,15 @@ format: setup ## Rewrite the code as ruff wants it
 
 bench: interop ## Time training steps against the reference implementations
 	$(PY) experiments/bench_training.py $(ARGS)
+
+study: setup ## The core study and the memory probe, with their reports (hours; resumes)
+	$(PY) experiments/sweep.py --config=configs/core_study.py --workdir=runs/core $(ARGS)
+	$(PY) experiments/report.py --workdir=runs/core --out=results/core_study
+	$(PY) experiments/sweep.py --config=configs/memory_study.py --workdir=runs/memory $(ARGS)
+	$(PY) experiments/report.py --workdir=runs/memory --out=results/memory_study
+
+coverage: setup ## Whether the intervals of reports hold what they promise (minutes)
+	$(PY) experiments/coverage.py $(ARGS)
 
 wheel: setup ## Build the wheel and the source archive into dist/
 	rm -rf build dist
