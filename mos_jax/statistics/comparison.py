@@ -3,11 +3,12 @@
 All arms answer the same items, so a difference is taken item by item. Where both arms ran the same
 seeds it is taken seed by seed too: the table of differences [s, n] is treated as `crossed` treats
 scores. Treating the seeds of both arms as independent has twice the degrees of freedom, and where
-they are independent its interval is 18% shorter with 3 seeds and 9% with 5. But runs of one seed
-share their data order, how much that makes them move together cannot be seen in a handful of runs,
-and at a correlation of 0.5 the independent form covers up to 98.7%, at 0.9 up to 99.9%, where the
-table of differences keeps 92.5 to 97.5% (`results/coverage.md`). So independence is assumed only
-where there is no choice: where the seeds of both arms are not the same.
+they are independent its interval is a sixth shorter with 3 seeds and a tenth with 5. But runs of
+one seed share their data order, and how much that makes them move together cannot be seen in a
+handful of runs: at a correlation of 0.9 the independent form covers up to 100% and hides
+differences, where the table of differences keeps between 92 and 98% whatever the correlation
+(`results/coverage.md`). So independence is assumed only where there is no choice: where the seeds
+of both arms are not the same.
 
 The variance never falls below that of two items having come out otherwise for all seeds, one in
 favour of each side, so arms that agree everywhere still have an interval (in the manner of Bonett
