@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from typing import Any, cast
 
 import jax
@@ -124,19 +125,25 @@ def count_flops(jaxpr: Any) -> int:
 
     (XLA's own count takes the body of a loop once.)
     """
-    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     total = 0
+    for equation, times in matrix_products(jaxpr):
+        (contracted, _), _ = equation.params["dimension_numbers"]
+        shape = equation.invars[0].aval.shape
+        width = math.prod(shape[axis] for axis in contracted)
+        total += times * 2 * equation.outvars[0].aval.size * width
+    return total
+
+
+def matrix_products(jaxpr: Any, times: int = 1) -> Iterator[tuple[Any, int]]:
+    """All matrix products of a jaxpr, each with how often it runs."""
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            shape = equation.invars[0].aval.shape
-            width = math.prod(shape[axis] for axis in contracted)
-            total += 2 * equation.outvars[0].aval.size * width
-        times = equation.params["length"] if equation.primitive.name == "scan" else 1
+            yield equation, times
+        inner = times * equation.params["length"] if equation.primitive.name == "scan" else times
         for value in jax.tree.leaves(equation.params, is_leaf=_is_jaxpr):
             if _is_jaxpr(value):
-                total += times * count_flops(value)
-    return total
+                yield from matrix_products(value, inner)
 
 
 def _is_jaxpr(value: Any) -> bool:

@@ -42,10 +42,13 @@ class Run:
       seconds: its time.
       others: share of the machine's processor time that other programs took meanwhile, from 0 to
         1; None where the system does not tell.
+      processor: processor seconds that the contestant's process took, of all its threads; None
+        where the system does not tell.
     """
 
     seconds: float
     others: float | None
+    processor: float | None = None
 
 
 class Worker:
@@ -95,7 +98,8 @@ class Worker:
         if before is None or after is None:
             return Run(seconds, None)
         total, idle, own = (b - a for a, b in zip(before, after, strict=True))
-        return Run(seconds, max(0.0, (total - idle - own) / max(total, 1)))
+        others = max(0.0, (total - idle - own) / max(total, 1))
+        return Run(seconds, others, own / os.sysconf("SC_CLK_TCK"))
 
     def _call(self, *words: str) -> Any:
         try:

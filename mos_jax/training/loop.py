@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import math
 import os
 import signal
-import statistics
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -17,22 +17,32 @@ from typing import Any
 import jax
 from rich.console import Console
 
-import mos_jax
 from mos_jax.adapters.adapter import Adapter
-from mos_jax.adapters.storage import ARRAYS_FILE, CARD_FILE, save_adapter
 from mos_jax.data.batches import Batch
 from mos_jax.errors import InputError, RunEnded
-from mos_jax.evaluation.answers import Evaluation, evaluate, generate_answers
-from mos_jax.evaluation.compare import compare
+from mos_jax.evaluation.answers import Evaluation
+from mos_jax.models.decoder import Decoder
 from mos_jax.training.checkpoint import Checkpoints
 from mos_jax.training.config import RunConfig
-from mos_jax.training.metrics import Reporter, check_logging
+from mos_jax.training.finish import (
+    Course,
+    StepClock,
+    describe,
+    finish,
+    validate,
+    validation_record,
+)
+from mos_jax.training.metrics import Reporter, RunLog, check_logging
 from mos_jax.training.session import Loads, Session
+from mos_jax.training.step import AdapterParts, TrainState
 from mos_jax.training.workdir import WorkDir
 
 
 class Diverged(RunEnded):
     """The loss or the gradient is not finite any more."""
+
+
+DIVERGED_ADVICE = "Lower training.learning_rate, or raise warm-up or clipping"
 
 
 class Stopped(RunEnded):
@@ -75,23 +85,15 @@ def train(
         return summary
     check_logging(config.logging)
     session = Session.create(config, loads)
-    with _disk_errors_in_words(folder), folder.lock():
-        for change in changes:
-            console.print(f"resuming with a change: {change}", highlight=False, markup=False)
-        if any(change.startswith("training.steps") for change in changes):
-            schedule = config.training.schedule
-            console.print(
-                f"the {schedule} schedule and its warm-up span training.steps, so they change "
-                "with it from here on",
-                highlight=False,
-            )
+    with disk_errors_in_words(folder), folder.lock():
+        say_changes(console, changes, config)
         checkpoints = Checkpoints(folder.checkpoints, config.checkpoint)
         try:
-            run = _Run(session, folder, checkpoints, console)
+            run = _SingleLoop(session, folder, checkpoints, console)
             folder.write_config(resolved)
-            folder.remove_summary()
+            folder.remove_outcome()
             try:
-                return run.finish(run.loop())
+                return run.finish()
             finally:
                 run.loader.close()
         finally:
@@ -99,82 +101,119 @@ def train(
 
 
 @dataclasses.dataclass
-class _Pending:
-    """A step whose metrics are still on the device."""
+class Pending:
+    """A step whose metrics are still on the device.
+
+    Attributes:
+      step: its number, from 1.
+      metrics: of the step.
+      tokens: of each run in it.
+    """
 
     step: int
     metrics: dict[str, jax.Array]
-    tokens: int
+    tokens: list[int]
 
 
-class _Run:
-    """One call of `train`, from the restored state to the summary."""
+class Loop(abc.ABC):
+    """The steps of a run, or of stacked ones, from the state in a folder to the last.
+
+    Attributes:
+      config: of the run; of stacked ones, what they share.
+      model: the base.
+      folder: where the checkpoints are.
+      first: steps done before.
+      state: changes with every step.
+      parts: of the adapter.
+      clock: times the steps.
+      compiled: facts of the compiled step.
+    """
+
+    state: TrainState
+    parts: AdapterParts
 
     def __init__(
-        self, session: Session, folder: WorkDir, checkpoints: Checkpoints, console: Console
+        self,
+        config: RunConfig,
+        model: Decoder,
+        folder: WorkDir,
+        checkpoints: Checkpoints,
+        console: Console,
     ):
-        self.session = session
-        self.config = session.config
+        self.config = config
+        self.model = model
         self.folder = folder
         self.checkpoints = checkpoints
         self.console = console
-        self.started = time.perf_counter()
-        self.first_step_seconds: float | None = None
-        self.clock = self.started
-        self.step_seconds: list[float] = []
+        self.clock = StepClock()
         self.compiled: dict[str, int] = {}
-        self.validation: Evaluation | None = None
-        self.loader = session.data.loader(
-            self.config.training.seed, self.config.training.accumulation
-        )
-        self.state, self.parts = session.initial()
-        latest = checkpoints.latest_step
-        if latest is not None:
-            if latest > self.config.training.steps:
-                raise InputError(
-                    f"{folder.path} is at step {latest}, beyond training.steps="
-                    f"{self.config.training.steps}; raise it or choose another --workdir"
-                )
-            self.state, self.parts, position = checkpoints.restore(
-                latest, self.state, session.adapter
+        self.first = checkpoints.latest_step or 0
+        if self.first > config.training.steps:
+            raise InputError(
+                f"{folder.path} is at step {self.first}, beyond training.steps="
+                f"{config.training.steps}; raise it or choose another --workdir"
             )
-            self.loader.set_state(position)
-            console.print(f"resuming after step {latest}", highlight=False)
-        self.first = latest or 0
+        if self.first:
+            console.print(f"resuming after step {self.first}", highlight=False)
 
-    def loop(self) -> Adapter:
-        """Runs the remaining steps and returns the trained adapter."""
-        config = self.config
-        total = config.training.steps
+    @abc.abstractmethod
+    def logs(self) -> list[RunLog]:
+        """Opens the log of each run."""
+
+    @abc.abstractmethod
+    def next_batch(self) -> tuple[Batch, list[int]]:
+        """The next batch, and the tokens of each run in it."""
+
+    @abc.abstractmethod
+    def train_step(self) -> jax.stages.Wrapped:
+        """The step, not compiled yet."""
+
+    @abc.abstractmethod
+    def report(self, reporter: Reporter, pending: Pending, evaluating: bool = False) -> None:
+        """Fetches and reports the metrics of a step, evaluated where asked.
+
+        Raises:
+          Diverged: if they are not finite.
+        """
+
+    @abc.abstractmethod
+    def save(self, reporter: Reporter) -> None:
+        """Starts a checkpoint of the state."""
+
+    @property
+    def over(self) -> bool:
+        """Whether there is nothing more to do, whatever steps are left."""
+        return False
+
+    def run(self) -> None:
+        """Runs the remaining steps. Raises Diverged or, with the state saved, Stopped."""
+        config, total = self.config, self.config.training.steps
         train_step: Any = None
-        model = self.session.base.model
         with (
             _signals() as caught,
-            Reporter(
-                self.folder.path, config.logging, total, self.first, self.console, config.to_dict()
-            ) as reporter,
+            Reporter(self.logs(), config.logging, total, self.first, self.console) as reporter,
         ):
-            pending: _Pending | None = None
+            pending: Pending | None = None
             for step in range(self.first + 1, total + 1):
-                batch = next(self.loader)
+                batch, tokens = self.next_batch()
                 if train_step is None:
-                    train_step = self._compile(model, batch)
-                self.state, metrics = train_step(self.state, self.parts, model, batch)
+                    train_step = self._compile(batch)
+                self.state, metrics = train_step(self.state, self.parts, self.model, batch)
                 # The metrics of the step before are ready by now: fetching them stalls nothing.
                 if pending is not None:
-                    self._report(reporter, pending)
-                pending = _Pending(step, metrics, _count_tokens(batch))
+                    self.report(reporter, pending)
+                pending = Pending(step, metrics, tokens)
                 saving = step % config.checkpoint.every == 0 or step == total or bool(caught)
                 evaluating = step == total or (
                     config.evaluation.every > 0 and step % config.evaluation.every == 0
                 )
                 if saving or evaluating:
                     # Fetched before saving: a state after a bad step must not become the last one.
-                    self._report(reporter, pending, evaluating)
+                    self.report(reporter, pending, evaluating)
                     pending = None
                 if saving:
-                    self._save()
-                    self.clock = time.perf_counter()
+                    self.save(reporter)
+                    self.clock.restart()
                 if caught:
                     self.checkpoints.wait()
                     name = signal.Signals(caught[0]).name
@@ -183,141 +222,108 @@ class _Run:
                         "command goes on from there",
                         128 + caught[0],
                     )
-        return self.parts.merge(self.state.trained)
+                if self.over:
+                    break
+        self.checkpoints.wait()
 
-    def _compile(self, model: Any, batch: Batch) -> Any:
-        lowered = self.session.train_step().lower(self.state, self.parts, model, batch)
+    def _compile(self, batch: Batch) -> Any:
+        lowered = self.train_step().lower(self.state, self.parts, self.model, batch)
         compiled = lowered.compile()
-        memory = compiled.memory_analysis()
+        memory: Any = compiled.memory_analysis()
         self.compiled = {"temporary_bytes": memory.temp_size_in_bytes}
         return compiled
 
-    def _report(self, reporter: Reporter, pending: _Pending, evaluating: bool = False) -> None:
-        metrics = {name: float(value) for name, value in jax.device_get(pending.metrics).items()}
-        if not all(map(math.isfinite, metrics.values())):
+
+class _SingleLoop(Loop):
+    """One call of `train`, from the restored state to the summary."""
+
+    def __init__(
+        self, session: Session, folder: WorkDir, checkpoints: Checkpoints, console: Console
+    ):
+        super().__init__(session.config, session.base.model, folder, checkpoints, console)
+        self.session = session
+        self.validation: Evaluation | None = None
+        section = self.config.training
+        self.loader = session.data.loader(section.seed, section.accumulation)
+        self.state, self.parts = session.initial()
+        if self.first:
+            self.state, self.parts, position = checkpoints.restore(
+                self.first, self.state, session.adapter
+            )
+            self.loader.set_state(position)
+
+    def logs(self) -> list[RunLog]:
+        return [RunLog(self.folder.path, self.config.logging, self.first, self.config.to_dict())]
+
+    def next_batch(self) -> tuple[Batch, list[int]]:
+        batch = next(self.loader)
+        return batch, [count_tokens(batch)]
+
+    def train_step(self) -> jax.stages.Wrapped:
+        return self.session.train_step()
+
+    def report(self, reporter: Reporter, pending: Pending, evaluating: bool = False) -> None:
+        record = {name: float(value) for name, value in jax.device_get(pending.metrics).items()}
+        if not all(map(math.isfinite, record.values())):
             latest = self.checkpoints.latest_step
             kept = "there is no checkpoint yet" if latest is None else f"step {latest} is kept"
             raise Diverged(
-                f"step {pending.step}: loss {metrics['loss']}, gradient norm "
-                f"{metrics['gradient_norm']}; stopped, {kept} in {self.folder.path}. Lower "
-                "training.learning_rate, or raise warm-up or clipping"
+                f"{not_finite(pending.step, record)}; stopped, {kept} in {self.folder.path}. "
+                f"{DIVERGED_ADVICE}"
             )
-        now = time.perf_counter()
-        seconds = now - self.clock
-        if self.first_step_seconds is None:
-            # It holds the compilation.
-            self.first_step_seconds = now - self.started
-        else:
-            self.step_seconds.append(seconds)
-        record = dict(metrics)
-        if evaluating:
-            found, samples = self._validate()
-            record |= {f"validation_{k}": v for k, v in found.to_dict().items()}
-            reporter.step(pending.step, record, pending.tokens, seconds)
-            reporter.say(f"step {pending.step}: validation {describe(found)}")
-            for line in samples:
-                reporter.say(line)
-        else:
-            reporter.step(pending.step, record, pending.tokens, seconds)
-        # What was evaluated since is no part of the next step.
-        self.clock = time.perf_counter() if evaluating else now
+        seconds = self.clock.step()
+        if not evaluating:
+            reporter.step(pending.step, [record], pending.tokens, seconds)
+            return
+        self.validation, samples = validate(self.session, self.adapter())
+        record |= validation_record(self.validation)
+        reporter.step(pending.step, [record], pending.tokens, seconds)
+        reporter.say(f"step {pending.step}: validation {describe(self.validation)}")
+        for line in samples:
+            reporter.say(line)
+        self.clock.restart()
 
-    def _validate(self) -> tuple[Evaluation, list[str]]:
-        section, data = self.config.evaluation, self.session.data
-        factors = self._factors(self.parts.merge(self.state.trained))
-        found = evaluate(self.session.base, factors, data, "validation", section.max_new_tokens)
-        self.validation = found
-        examples = data.validation[: section.samples]
-        answers = generate_answers(self.session.base, factors, examples, section.max_new_tokens)
-        return found, [
-            f"    {e.question.splitlines()[-1]} -> {a!r} (right: {e.answer!r})"
-            for e, a in zip(examples, answers, strict=True)
-        ]
-
-    def _factors(self, adapter: Adapter) -> Any:
-        return jax.jit(lambda adapter: adapter.factors())(adapter)
-
-    def _save(self) -> None:
+    def save(self, reporter: Reporter) -> None:
         self.checkpoints.save(self.state, self.parts, self.loader.get_state())
 
-    def finish(self, adapter: Adapter) -> dict[str, Any]:
-        """Waits for the last checkpoint, evaluates on the test set, writes adapter and summary."""
-        self.checkpoints.wait()
-        session, config = self.session, self.config
-        trained_seconds = time.perf_counter() - self.started
-        summary: dict[str, Any] = {
-            "steps": config.training.steps,
-            "base": session.base.name,
-            "base_fingerprint": session.base.fingerprint,
-            "task": session.data.task.name,
-            "adapter": adapter.summary(),
-            "budget": session.budget(),
-            "compiled": self.compiled,
-            "data": session.data.report(),
-            "versions": {"mos_jax": mos_jax.__version__, "jax": jax.__version__},
-        }
-        section, factors = config.evaluation, self._factors(adapter)
-        if self.validation is None:
-            # Killed after the last checkpoint: what the loop found then is only in metrics.jsonl.
-            self.validation = evaluate(
-                session.base, factors, session.data, "validation", section.max_new_tokens
-            )
-        summary["validation"] = self.validation.to_dict()
-        scores = {"validation": self.validation.scores.tolist()}
-        if section.test_at_end:
-            self.console.print("evaluating on the test set", highlight=False)
-            found = evaluate(session.base, factors, session.data, "test", section.max_new_tokens)
-            scores["test"] = found.scores.tolist()
-            summary["test"] = compare(
-                session.base,
-                factors,
-                session.data,
-                "test",
-                section.max_new_tokens,
-                found=found,
-                with_base=section.compare_base,
-            )
-        self.folder.write_scores(scores)
-        save_adapter(
-            self.folder.adapter,
-            adapter,
-            base_fingerprint=session.base.fingerprint,
-            metadata={
-                "base": session.base.name,
-                "task": session.data.task.name,
-                "steps": config.training.steps,
-                "config": config.to_dict(),
-                "mos_jax_version": mos_jax.__version__,
-            },
+    def adapter(self) -> Adapter:
+        """As it is now."""
+        return self.parts.merge(self.state.trained)
+
+    def finish(self) -> dict[str, Any]:
+        """Runs the remaining steps, writes what a finished run leaves, returns the summary."""
+        self.run()
+        training = time.perf_counter() - self.clock.started
+        course = Course(self.clock, training, facts={"compiled": self.compiled})
+        return finish(
+            self.session, self.folder, self.adapter(), self.validation, course, self.console
         )
-        summary["adapter_bytes"] = sum(
-            (self.folder.adapter / name).stat().st_size for name in (ARRAYS_FILE, CARD_FILE)
+
+
+def not_finite(step: int, metrics: Mapping[str, float]) -> str:
+    """The beginning of what is said of a run that diverged."""
+    return f"step {step}: loss {metrics['loss']}, gradient norm {metrics['gradient_norm']}"
+
+
+def say_changes(console: Console, changes: Sequence[str], config: RunConfig) -> None:
+    """Tells how the configuration differs from that of the run's beginning."""
+    for change in changes:
+        console.print(f"resuming with a change: {change}", highlight=False, markup=False)
+    if any(change.startswith("training.steps") for change in changes):
+        console.print(
+            f"the {config.training.schedule} schedule and its warm-up span training.steps, so they "
+            "change with it from here on",
+            highlight=False,
         )
-        summary["seconds"] = {
-            "to_first_step": self.first_step_seconds,
-            "median_step": statistics.median(self.step_seconds) if self.step_seconds else None,
-            "training": trained_seconds,
-            "total": time.perf_counter() - self.started,
-        }
-        self.folder.write_summary(summary)
-        return summary
 
 
-def describe(found: Evaluation) -> str:
-    """An evaluation in one line."""
-    low, high = found.interval
-    return (
-        f"accuracy {found.accuracy:.3f} (95% {low:.3f} to {high:.3f}, n={len(found.scores)}), "
-        f"loss {found.loss:.4f}"
-    )
-
-
-def _count_tokens(batch: Batch) -> int:
+def count_tokens(batch: Batch) -> int:
+    """Tokens of a batch, without padding."""
     return int((batch.segments != 0).sum())
 
 
 @contextmanager
-def _disk_errors_in_words(folder: WorkDir) -> Iterator[None]:
+def disk_errors_in_words(folder: WorkDir) -> Iterator[None]:
     """What was saved before a disk filled up stays; the user needs no trace to mend it."""
     try:
         yield

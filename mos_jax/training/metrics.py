@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -50,24 +50,50 @@ class MetricsFile:
         self._stream.close()
 
 
+class RunLog:
+    """Where the numbers of one run go: `metrics.jsonl` and what the configuration asks for."""
+
+    def __init__(
+        self, workdir: Path, config: LoggingSection, first_step: int, run_config: Mapping[str, Any]
+    ):
+        self._file = MetricsFile(workdir / "metrics.jsonl", first_step)
+        self._tensorboard = _open_tensorboard(workdir, first_step) if config.tensorboard else None
+        self._wandb = _open_wandb(workdir, config.wandb_project, run_config)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Appends the numbers of one step, with `step`."""
+        self._file.write(record)
+        numbers = {name: value for name, value in record.items() if name != "step"}
+        if self._tensorboard is not None:
+            for name, value in numbers.items():
+                self._tensorboard.add_scalar(name, value, record["step"])
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=record["step"])
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
 class Reporter:
     """Shows progress and writes metrics; a context manager around the loop."""
 
     def __init__(
         self,
-        workdir: Path,
+        logs: Sequence[RunLog],
         config: LoggingSection,
         total_steps: int,
         first_step: int,
         console: Console,
-        run_config: Mapping[str, Any],
     ):
+        self._logs = logs
         self._config = config
         self._console = console
         self._total = total_steps
-        self._file = MetricsFile(workdir / "metrics.jsonl", first_step)
-        self._tensorboard = _open_tensorboard(workdir, first_step) if config.tensorboard else None
-        self._wandb = _open_wandb(workdir, config.wandb_project, run_config)
         self._bar = Progress(
             TextColumn("training"),
             BarColumn(bar_width=24),
@@ -98,40 +124,48 @@ class Reporter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Stops the bar and closes the files."""
+        """Stops the bar and closes the logs."""
         self._bar.stop()
-        self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        for log in self._logs:
+            log.close()
 
-    def step(self, step: int, metrics: Mapping[str, float], tokens: int, seconds: float) -> None:
-        """Reports step number `step` (from 1), with `loss` in `metrics`, its tokens and time."""
-        speed = tokens / max(seconds, 1e-9)
+    def step(
+        self,
+        step: int,
+        records: Sequence[Mapping[str, float] | None],
+        tokens: Sequence[int],
+        seconds: float,
+    ) -> None:
+        """Reports step number `step` (from 1).
+
+        Args:
+          step: the number.
+          records: for each log, its run's metrics, with `loss`; None for a run that has ended.
+          tokens: of each run in this step.
+          seconds: that the step took.
+        """
+        seconds = max(seconds, 1e-9)
+        losses = [record["loss"] for record in records if record is not None]
+        total = sum(n for n, record in zip(tokens, records, strict=True) if record is not None)
+        speed = total / seconds
         # The first step holds the compilation; it must not colour the average.
         self._speed = speed if self._speed == 0.0 or step <= 2 else 0.9 * self._speed + 0.1 * speed
-        status = f"loss {metrics['loss']:.4f}  {self._speed:.0f} tokens/s"
+        several = f" (mean of {len(losses)} runs)" if len(self._logs) > 1 else ""
+        loss = sum(losses) / max(len(losses), 1)
+        status = f"loss {loss:.4f}{several}  {self._speed:.0f} tokens/s"
         self._bar.update(self._task, completed=step, status=status)
         if not self._console.is_terminal and (
             step == 1 or step % self._config.every == 0 or step == self._total
         ):
-            left = tokens * (self._total - step) / max(self._speed, 1e-9)
+            left = total * (self._total - step) / max(self._speed, 1e-9)
             self.say(f"step {step}/{self._total}  {status}  {left:.0f} s left")
-        self._write({"step": step, **metrics, "tokens_per_second": speed})
+        for log, record, own in zip(self._logs, records, tokens, strict=True):
+            if record is not None:
+                log.write({"step": step, **record, "tokens_per_second": own / seconds})
 
     def say(self, text: str) -> None:
         """Prints a line above the bar."""
         self._console.print(text, highlight=False, markup=False)
-
-    def _write(self, record: Mapping[str, Any]) -> None:
-        self._file.write(record)
-        numbers = {name: value for name, value in record.items() if name != "step"}
-        if self._tensorboard is not None:
-            for name, value in numbers.items():
-                self._tensorboard.add_scalar(name, value, record["step"])
-        if self._wandb is not None:
-            self._wandb.log(numbers, step=record["step"])
 
 
 def _open_tensorboard(workdir: Path, first_step: int) -> Any:

@@ -68,15 +68,15 @@ TrainStep = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
 
 def make_train_step(
     optimizer: optax.GradientTransformation, dropout: float = 0.0, accumulation: int = 1
-) -> TrainStep:
-    """Compiles `pure_train_step`; the state is donated."""
+) -> jax.stages.Wrapped:
+    """`pure_train_step` for compilation; the state is donated."""
     return jax.jit(pure_train_step(optimizer, dropout, accumulation), donate_argnums=0)
 
 
 def make_stacked_step(
     optimizer: optax.GradientTransformation, dropout: float = 0.0, accumulation: int = 1
-) -> TrainStep:
-    """Compiles one step of K runs that share a base.
+) -> jax.stages.Wrapped:
+    """One step of K runs that share a base, for compilation.
 
     It is `pure_train_step` mapped over a leading axis K of state, frozen arrays, batch and
     metrics; the model has no such axis, so each of its weights enters one product with the tokens

@@ -38,7 +38,7 @@ class WorkDir:
 
     def check_config(self, config: Mapping[str, Any]) -> list[str]:
         """Compares with the configuration stored here, if any; see `check_resumable`."""
-        stored = self._read("config.json")
+        stored = self.read_config()
         if stored is None:
             if self.path.exists() and any(self.checkpoints.glob("*")):
                 raise InputError(f"{self.path} has checkpoints but no config.json; choose another")
@@ -49,6 +49,10 @@ class WorkDir:
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Stores the resolved configuration."""
         self._write("config.json", config)
+
+    def read_config(self) -> dict[str, Any] | None:
+        """The stored configuration, or None."""
+        return self._read("config.json")
 
     def read_summary(self) -> dict[str, Any] | None:
         """What a finished run wrote, or None."""
@@ -62,9 +66,14 @@ class WorkDir:
         """Stores the score of every example by split, in the order of the data's sets."""
         self._write("scores.json", scores)
 
-    def remove_summary(self) -> None:
-        """Marks the run as not finished."""
-        (self.path / "summary.json").unlink(missing_ok=True)
+    def write_error(self, error: Exception) -> None:
+        """Stores why a run ended that is not going on."""
+        self._write("error.json", {"error": str(error), "type": type(error).__name__})
+
+    def remove_outcome(self) -> None:
+        """Marks the run as neither finished nor failed."""
+        for name in ("summary.json", "error.json"):
+            (self.path / name).unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

@@ -206,7 +206,7 @@ def test_a_disk_that_fills_up_at_the_end_keeps_the_training(tmp_path, train_path
 
     run = tiny_run(train_path, steps=2)
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "save_adapter", full)
+        patch.setattr("mos_jax.training.finish.save_adapter", full)
         with pytest.raises(loop.RunEnded, match=r"No space left.*is kept"):
             train(run, tmp_path / "run", QUIET)
     assert train(run, tmp_path / "run", QUIET)["steps"] == 2
