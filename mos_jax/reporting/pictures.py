@@ -162,7 +162,10 @@ def _limits(points: Sequence[Point]) -> tuple[float, float]:
     before, after = ((part + 40) / (72 * WIDTH - 60) for part in (before, after))
     inside = max(0.2, 1 - before - after)
     first, last = (math.log10(end(p.size for p in points)) for end in (min, max))
-    decade = max(last - first, 0.5) / inside
+    # At least half a decade is shown, or ticks would tell equal sizes apart.
+    pad = max(0.0, 0.5 - (last - first)) / 2
+    first, last = first - pad, last + pad
+    decade = (last - first) / inside
     return 10 ** (first - decade * before), 10 ** (last + decade * after)
 
 

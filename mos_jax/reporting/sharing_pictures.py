@@ -73,6 +73,7 @@ def gradient_map(sharing: Sharing) -> Figure:
         )
     left.set_ylim(bottom=0)
     left.set_xlabel("layer")
+    left.xaxis.get_major_locator().set_params(integer=True)
     left.set_ylabel("norm of the layer's gradient")
     left.set_title("How hard each layer pulls")
     left.grid(axis="y", color=PALE, linewidth=0.6)

@@ -193,7 +193,8 @@ def pull_in_words(sharing: Sharing, kind: str) -> str:
         words = "layers pull shared shards about at right angles: neither together nor apart"
     return (
         f"Pools of {name}: {words}. Mean cosine {figures['mean_cosine']:+.3f} over "
-        f"{figures['pairs']:,} pairs of layers, {figures['share_below_0']:.0%} of them below 0; "
+        f"{plural(len(sharing.pulls[kind].pairs()), 'pair')} of layers, "
+        f"{figures['share_below_0']:.0%} of them below 0; "
         f"agreement {figures['agreement']:.3f}, at right angles it would be "
         f"{figures['agreement_if_orthogonal']:.3f}."
     )
