@@ -1,9 +1,7 @@
 """The decoder against transformers, and LoRA folders both ways against PEFT."""
 
-import contextlib
 import dataclasses
 import json
-import warnings
 from typing import Any
 
 import jax
@@ -12,40 +10,42 @@ import numpy as np
 import pytest
 
 from mos_jax.adapters.lora import LoRAConfig
-from mos_jax.adapters.methods import create_adapter
+from mos_jax.adapters.methods import METHODS, create_adapter
 from mos_jax.adapters.mos import MoSConfig
+from mos_jax.adapters.prolora import PRoLoRAConfig
+from mos_jax.adapters.rasa import RaSAConfig
+from mos_jax.adapters.share_lora import ShareLoRAConfig
 from mos_jax.adapters.sites import SITE_TYPES, select_sites
+from mos_jax.adapters.tied_lora import TiedLoRAConfig
+from mos_jax.adapters.uni_lora import UniLoRAConfig
+from mos_jax.adapters.vb_lora import VBLoRAConfig
+from mos_jax.adapters.vera import VeRAConfig
 from mos_jax.interop.check import largest_logit_difference
 from mos_jax.interop.peft import export_peft, read_peft_factors
-from mos_jax.interop.peft_config import SITE_MODULES
-from mos_jax.models.config import DecoderConfig, RopeScaling
-from mos_jax.models.decoder import Decoder
+from mos_jax.models.config import RopeScaling
 from tests.adapters.fixtures_adapters import randomised
+from tests.parity.fixtures_peft import (
+    CONFIG,
+    TOKENS,
+    TOLERANCE,
+    adapted_modules,
+    decoder_of,
+    distance,
+    logits_of,
+    random_decoder,
+    torch_logits,
+    torch_model,
+    trained_size,
+    warnings_are_errors,
+)
 
 torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 pytestmark = [
     pytest.mark.parity,
     pytest.mark.filterwarnings("ignore"),  # those of the other libraries
 ]
 
-TOLERANCE = 1e-3
-CONFIG = DecoderConfig.create(
-    name="tiny",
-    num_layers=2,
-    d_model=64,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    d_ff=96,
-    vocab_size=128,
-    rope_base=10000.0,
-    rms_eps=1e-5,
-    tied_embeddings=True,
-    max_positions=64,
-)
-TOKENS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (3, 40)).astype(np.int32)
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "tied": {},
     "untied": {"tied_embeddings": False},
@@ -55,109 +55,42 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "wide heads": {"head_dim": 32, "num_kv_heads": 1, "rms_eps": 1e-2},
 }
 MOS = MoSConfig(equivalent_rank=3, rank=5, shards_per_vector=2, private_rank=1, alpha=16.0)
-METHODS = {
-    "mos": (MOS, None),
-    "mos, one layer": (dataclasses.replace(MOS, rank=2), [1]),
+# A configuration and what of the base it adapts.
+EXPORTED: dict[str, tuple[Any, dict[str, Any]]] = {
+    "mos": (MOS, {}),
+    "mos, one layer": (dataclasses.replace(MOS, rank=2), {"layers": [1]}),
+    "mos, all options": (
+        dataclasses.replace(MOS, balanced_routing=True, rank_scaling=True, pool_scope="width"),
+        {},
+    ),
     "pure sharing, fixed random scaling": (
         MoSConfig.pure_sharing(2, random_scaling="fixed", random_scaling_std=0.5),
-        None,
+        {},
     ),
     "pure sharing, trained random scaling": (
         MoSConfig.pure_sharing(2, random_scaling="trained", random_scaling_std=0.5),
-        None,
+        {},
     ),
-    "lora": (LoRAConfig(rank=7, alpha=16.0), None),
-    "lora, one layer": (LoRAConfig(rank=4, alpha=3.5), [0]),
-    "rslora": (LoRAConfig(rank=8, alpha=2.0, rslora=True), None),
+    "lora": (LoRAConfig(rank=7, alpha=16.0), {}),
+    "lora, one layer": (LoRAConfig(rank=4, alpha=3.5), {"layers": [0]}),
+    "rslora": (LoRAConfig(rank=8, alpha=2.0, rslora=True), {}),
+    # Neither number of chunks divides all widths.
+    "prolora": (PRoLoRAConfig(rank=5, unshared_rank=1, chunks_a=3, chunks_b=5), {}),
+    "rasa": (RaSAConfig(rank=3, shared_rank=2, alpha=6.0), {}),
+    "share_lora, a": (ShareLoRAConfig(rank=5, shared="a"), {}),
+    "share_lora, b": (ShareLoRAConfig(rank=5, shared="b"), {}),
+    "tied_lora": (TiedLoRAConfig(rank=5), {}),
+    "tied_lora, qkv": (TiedLoRAConfig(rank=5, tie_qkv=True), {"include": "[qkv]_proj"}),
+    "uni_lora": (UniLoRAConfig(theta_length=1000, rank=5), {}),
+    "vb_lora": (VBLoRAConfig(rank=5, num_vectors=9, vector_length=16), {}),
+    "vera": (VeRAConfig(rank=5), {}),
+    "vera, one layer": (VeRAConfig(rank=5), {"layers": [1]}),
 }
-
-
-def torch_model(config):
-    """A random LlamaForCausalLM whose norms are not all ones."""
-    rope = {"rope_type": "default", "rope_theta": config.rope_base}
-    if config.rope_scaling is not None:
-        rope |= {
-            "rope_type": "llama3",
-            "factor": config.rope_scaling.factor,
-            "low_freq_factor": config.rope_scaling.low_freq_factor,
-            "high_freq_factor": config.rope_scaling.high_freq_factor,
-            "original_max_position_embeddings": config.rope_scaling.original_max_positions,
-        }
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.d_model,
-            intermediate_size=config.d_ff,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            num_key_value_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            rms_norm_eps=config.rms_eps,
-            tie_word_embeddings=config.tied_embeddings,
-            max_position_embeddings=1024,
-            rope_parameters=rope,
-            initializer_range=0.2,
-        )
-    ).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.normal_(1.0, 0.3)
-    return model
-
-
-def decoder_of(model, config):
-    """The same weights as a Decoder; torch holds W transposed."""
-    state = {name: tensor.numpy().copy() for name, tensor in model.state_dict().items()}
-
-    def stacked(module):
-        return np.stack(
-            [state[f"model.layers.{k}.{module}.weight"] for k in range(config.num_layers)]
-        )
-
-    weights = {
-        "embed": state["model.embed_tokens.weight"],
-        "final_norm": state["model.norm.weight"],
-        "blocks/attn_norm": stacked("input_layernorm"),
-        "blocks/mlp_norm": stacked("post_attention_layernorm"),
-        **{f"blocks/{n}": stacked(m).swapaxes(1, 2) for n, m in SITE_MODULES.items()},
-    }
-    if not config.tied_embeddings:
-        weights["head"] = state["lm_head.weight"].T
-    assert {n: w.shape for n, w in weights.items()} == config.weight_shapes()
-    return Decoder(config, {name: jnp.asarray(array) for name, array in weights.items()})
-
-
-def torch_logits(model, tokens=TOKENS):
-    with torch.no_grad():
-        return model(torch.from_numpy(tokens.astype(np.int64))).logits.numpy()
-
-
-def logits_of(decoder, factors=None, tokens=TOKENS):
-    return np.asarray(jax.jit(lambda model, f: model(jnp.asarray(tokens), f))(decoder, factors))
-
-
-def distance(left, right):
-    assert left.shape == right.shape
-    found = float(np.abs(left - right).max())
-    print(f"largest difference {found:.2e} of logits up to {np.abs(left).max():.2f}")
-    return found
-
-
-@contextlib.contextmanager
-def warnings_are_errors():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        # Of transformers' own making, whatever the adapter.
-        warnings.filterwarnings("ignore", category=FutureWarning)
-        warnings.filterwarnings("ignore", category=DeprecationWarning)
-        yield
 
 
 @pytest.fixture(scope="module")
 def decoder():
-    return decoder_of(torch_model(CONFIG), CONFIG)
+    return random_decoder()
 
 
 class TestDecoder:
@@ -183,16 +116,15 @@ class TestDecoder:
 
 
 class TestExport:
-    @pytest.mark.parametrize("method", METHODS)
+    def test_every_method_is_here(self):
+        assert {config.method for config, _ in EXPORTED.values()} == set(METHODS)
+
+    @pytest.mark.parametrize("method", EXPORTED)
     def test_peft_computes_the_same_logits(self, tmp_path, decoder, method):
-        config, layers = METHODS[method]
-        sites = select_sites(decoder.sites, layers=layers)
-        # Scaled so that A, B and the logits stay of the size of trained ones.
+        config, selection = EXPORTED[method]
+        sites = select_sites(decoder.sites, **selection)
         adapter = randomised(create_adapter(config, sites, jax.random.key(0)))
-        factors = {
-            name: dataclasses.replace(f, a=0.1 * f.a, b=0.05 * f.b)
-            for name, f in adapter.factors().items()
-        }
+        factors = trained_size(adapter.factors())
         path = export_peft(
             tmp_path / "x", factors, base_name="tiny", num_layers=CONFIG.num_layers, card={"a": 1}
         )
@@ -200,23 +132,20 @@ class TestExport:
             model = peft.PeftModel.from_pretrained(torch_model(CONFIG), path).eval()
         expected = logits_of(decoder, factors)
         assert distance(torch_logits(model), expected) < TOLERANCE
-        assert distance(logits_of(decoder), expected) > 0.1
+        assert distance(logits_of(decoder), expected) > 1
 
-        for module_name, module in model.base_model.model.named_modules():
-            if isinstance(module, peft.tuners.lora.LoraLayer):
-                name, layer = module_name.split(".")[-1], int(module_name.split(".")[2])
-                position = layers.index(layer) if layers else layer
-                assert np.float32(module.scaling["default"]) == factors[name].scale[position]
+        found = list(adapted_modules(model, peft.tuners.lora.LoraLayer))
+        assert len(found) == sum(site.num_layers for site in sites.values())
+        for name, layer, module in found:
+            position = (sites[name].layers or range(CONFIG.num_layers)).index(layer)
+            assert np.float32(module.scaling["default"]) == factors[name].scale[position]
 
         read = read_peft_factors(path, decoder.sites)
         assert largest_logit_difference(decoder, TOKENS, factors, read) == 0.0
 
     def test_merged_by_peft(self, tmp_path, decoder):
         adapter = randomised(create_adapter(MOS, decoder.sites, jax.random.key(0)))
-        factors = {
-            name: dataclasses.replace(f, a=0.1 * f.a, b=0.05 * f.b)
-            for name, f in adapter.factors().items()
-        }
+        factors = trained_size(adapter.factors())
         path = export_peft(tmp_path / "x", factors, base_name="tiny", num_layers=2)
         merged = peft.PeftModel.from_pretrained(torch_model(CONFIG), path).merge_and_unload()
         assert distance(torch_logits(merged), logits_of(decoder, factors)) < TOLERANCE
