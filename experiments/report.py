@@ -18,7 +18,7 @@ from mos_jax import app
 WORKDIR = flags.DEFINE_list("workdir", [], "Folder of the sweep, or several with commas.")
 OUT = flags.DEFINE_string("out", None, "Folder of the report; default: report in the workdir.")
 BASELINE = flags.DEFINE_list(
-    "baseline", [], "Arms to compare with, with commas; default: the one of the sweep's config."
+    "baseline", [], "Arms to compare with, with commas; default: those of the sweep's config."
 )
 SHARING = flags.DEFINE_bool(
     "sharing", True, "Look into the pools of one MoS run; loads base and data, needs a minute."

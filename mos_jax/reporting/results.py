@@ -114,7 +114,7 @@ class Results:
       section: how the (first) sweep was run and is compared.
       arms: in the order of the config file.
       baselines: names of the arms that all others are compared with, at least one.
-      planned: the baseline that the (first) sweep's config names.
+      planned: the baselines that the (first) sweep's config names.
     """
 
     title: str
@@ -122,7 +122,7 @@ class Results:
     section: SweepSection
     arms: tuple[Arm, ...]
     baselines: tuple[str, ...]
-    planned: str
+    planned: tuple[str, ...]
 
     def arm(self, name: str) -> Arm:
         """The arm called `name`, which exists."""
@@ -173,7 +173,7 @@ def load_results(
 
     Args:
       workdirs: folders of sweeps, at least one.
-      baselines: names of arms to compare with; none = the one that the first sweep's config names.
+      baselines: names of arms to compare with; none = those that the first sweep's config names.
 
     Raises:
       InputError: for a folder that holds no sweep, no finished run anywhere, or a baseline that is
@@ -205,14 +205,15 @@ def load_results(
                     stages["final"],
                 )
             )
-    planned = arms[[one.name for one in sweeps[0].arms].index(sweeps[0].baseline)].name
+    order = [one.name for one in sweeps[0].arms]
+    planned = tuple(arms[order.index(name)].name for name in sweeps[0].baselines)
     title = " and ".join(folder.resolve().name for folder in folders)
     known = [arm.name for arm in arms]
     for name in baselines:
         if name not in known:
             raise InputError(f"--baseline={name} is no arm; {suggest(name, known)}")
     results = Results(
-        title, folders, sweeps[0].section, tuple(arms), tuple(baselines) or (planned,), planned
+        title, folders, sweeps[0].section, tuple(arms), tuple(baselines) or planned, planned
     )
     if not any(record["status"] == "finished" for record in results.records):
         raise InputError(

@@ -117,10 +117,10 @@ def in_words(results: Results, baseline: str, found: Sequence[Difference]) -> st
     if not found:
         return "There is no other arm to compare.\n"
     lines = []
-    if baseline != results.planned:
+    if baseline not in results.planned:
         lines += [
-            f"The config plans the comparison with {results.planned}; this one was asked for when "
-            "the report was written.",
+            f"The config plans the comparison with {listed(results.planned)}; this one was asked "
+            "for when the report was written.",
             "",
         ]
     for one in found:

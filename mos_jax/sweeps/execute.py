@@ -18,6 +18,7 @@ from mos_jax.training.config import RunConfig
 from mos_jax.training.loop import Stopped, train
 from mos_jax.training.session import Loads
 from mos_jax.training.stacked import train_stacked
+from mos_jax.training.workdir import WorkDir
 
 ERROR_FILE = "error.json"
 LOG_FILE = "log.txt"
@@ -60,7 +61,7 @@ def execute(task: Task, loads: Loads | None = None, compiled: str = "") -> list[
     Args:
       task: the work.
       loads: shared by the tasks of one process.
-      compiled: folder of compiled steps, for seeds share theirs; empty = none.
+      compiled: folder that keeps compiled steps, which seeds share; empty = none.
 
     Returns:
       What became of each run.
@@ -93,12 +94,12 @@ def execute(task: Task, loads: Loads | None = None, compiled: str = "") -> list[
     return [status_of(folder) for folder in task.folders]
 
 
-def record_failure(folder: str | Path, error: BaseException | str) -> None:
+def record_failure(folder: str | Path, error: Exception | str) -> None:
     """Writes error.json: the run failed, and why."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    kind = "" if isinstance(error, str) else type(error).__name__
-    # What the project raises on purpose says enough; of anything else the kind matters.
-    text = str(error) if isinstance(error, (str, InputError, RunEnded)) else f"{kind}: {error}"
-    record = {"error": text or kind, "type": kind}
-    (folder / ERROR_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    if isinstance(error, str):
+        error = RunEnded(error)
+    elif not isinstance(error, (InputError, RunEnded)):
+        # What the project raises on purpose says enough; of anything else the kind matters.
+        error = RunEnded(f"{type(error).__name__}: {error}")
+    WorkDir(folder).write_error(error)

@@ -22,6 +22,8 @@ from mos_jax.training.workdir import WorkDir
 
 FORMAT = "mos_jax.sweep"
 SWEEP_FILE, CHOICES_FILE = "sweep.json", "learning_rates.json"
+# What may stand in a folder before its sweep has begun.
+OWN = {".lock", "compiled", "jobs"}
 # May change between calls: more seeds only add runs, the others decide nothing of a run.
 MAY_CHANGE = ("sweep.seeds", "sweep.stack", "sweep.baseline")
 
@@ -88,13 +90,13 @@ def load_sweep(workdir: str | os.PathLike[str]) -> Sweep:
 
 def check_same(sweep: Sweep, path: str | os.PathLike[str]) -> None:
     """Raises InputError, naming what differs, if `path` holds another sweep than this one."""
-    path = Path(path)
+    path = WorkDir(path).path
     stored = _read_sweep(path)
     if stored is None:
-        if path.exists() and any(path.iterdir()):
-            held = ", ".join(sorted(entry.name for entry in path.iterdir())[:5])
-            if held != ".lock":
-                raise InputError(f"{path} holds no sweep but {held}; choose another --workdir")
+        held = {entry.name for entry in path.iterdir()} - OWN if path.exists() else set()
+        if held:
+            names = ", ".join(sorted(held)[:5])
+            raise InputError(f"{path} holds no sweep but {names}; choose another --workdir")
         return
     old, new = (json.loads(json.dumps(side)) for side in (stored, sweep.to_dict()))
     changed = differences(old["config"], new["config"])

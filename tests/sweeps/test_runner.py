@@ -7,6 +7,7 @@ from rich.console import Console
 from mos_jax.errors import InputError
 from mos_jax.sweeps.combinators import arm
 from mos_jax.sweeps.execute import Task, execute, status_of
+from mos_jax.sweeps.executors import LocalExecutor
 from mos_jax.sweeps.records import flatten, read_curve, read_records
 from mos_jax.sweeps.runner import group, load_sweep, run_sweep
 from mos_jax.sweeps.tuning import choose_rates
@@ -196,6 +197,14 @@ def test_real_runs_are_those_of_the_training_loop(tmp_path):
     assert (len(scores["validation"]), len(scores["test"])) == (8, 8)
     assert sum(scores["test"]) / 8 == summary["test"]["adapter"]["accuracy"]
     assert "step 3/3" in (folder / "log.txt").read_text()
+    # The same two seeds in one compiled step.
+    pair = tiny_sweep(ITEMS[1:], learning_rates="", seeds=2, stack=2)
+    counts, text = run(pair, tmp_path / "pair", LocalExecutor())
+    assert counts["finished"] == 2
+    assert "2/2 mos/final" in text
+    records = read_records(tmp_path / "pair")
+    assert {r["status"] for r in records} == {"finished"}
+    assert len({r["routing_checksum"] for r in records}) == 2
     hot = tiny_sweep(ITEMS[:1], learning_rates="1e38", seeds=1)
     (diverging,) = hot.final()
     assert execute(Task.of(tmp_path, [diverging])) == ["failed"]
