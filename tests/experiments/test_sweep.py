@@ -92,7 +92,7 @@ def test_jobs_as_processes_end_like_runs_and_a_second_call_runs_nothing(config, 
     ("flags", "words"),
     [
         (["--config=configs/smoke.py"], "has no get_arms()"),
-        (["--config.sweep.baseline=LoRA e=3", "--dry_run"], "is no arm; did you mean 'LoRA e=2'"),
+        (["--config.sweep.baseline=LoRA e=3", "--dry_run"], "is no arm; did you mean 'LoRA e=8'"),
         (["--config.sweep.seds=3"], "seds"),
         (["--config.sweep.seeds=3"], "--workdir is missing"),
         (["--executor=slurm", "--slurm=fast", "--workdir=unused"], "--slurm=fast must be name="),
