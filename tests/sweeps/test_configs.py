@@ -100,4 +100,4 @@ def test_the_core_study_compares_at_one_budget():
     four_times = counts.pop("LoRA e=8")
     assert set(counts.values()) == {610_560}
     assert four_times == 4 * 610_560
-    assert all(len(one.learning_rates) == 2 for one in sweep.arms)
+    assert all(len(one.learning_rates) == 3 for one in sweep.arms)
