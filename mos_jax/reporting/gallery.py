@@ -179,6 +179,9 @@ def _curves(results: Results, styles: Mapping[str, ArmStyle]) -> Iterator[Pictur
     panels = []
     crowded = len(results.arms) > BANDS
     accuracy = _by_arm(results, "validation_accuracy")
+    if all(len(curve.steps) == 1 for curve in accuracy.values()):
+        # Evaluated at the end alone, which is no curve.
+        accuracy = {}
     if accuracy:
         panels.append(Panel("Validation", "accuracy", accuracy, results.guess))
     losses = _by_arm(results, "loss")
@@ -197,11 +200,11 @@ def _curves(results: Results, styles: Mapping[str, ArmStyle]) -> Iterator[Pictur
             + ("." if crowded else ", with bands from the lowest to the highest seed."),
             over_steps(panels, styles),
         )
-    if crowded and accuracy:
+    if crowded and panels:
         yield Picture(
             "curves-each",
-            "Validation accuracy of each arm before the others in grey: mean over seeds, and a "
-            "band from the lowest to the highest seed.",
+            f"{panels[0].title} {panels[0].y_label} of each arm before the others in grey: mean "
+            "over seeds, and a band from the lowest to the highest seed.",
             one_by_one(panels[0], styles),
         )
 

@@ -111,7 +111,8 @@ class Results:
     Attributes:
       title: names it.
       folders: of the sweeps.
-      section: how the (first) sweep was run and is compared.
+      section: how the (first) sweep was run and is compared; without a budget where the sweeps
+        have different ones.
       arms: in the order of the config file.
       baselines: names of the arms that all others are compared with, at least one.
       planned: the baselines that the (first) sweep's config names.
@@ -176,8 +177,8 @@ def load_results(
       baselines: names of arms to compare with; none = those that the first sweep's config names.
 
     Raises:
-      InputError: for a folder that holds no sweep, no finished run anywhere, or a baseline that is
-        no arm.
+      InputError: for a folder that holds no sweep, no finished run anywhere, a baseline that is no
+        arm, or folders whose arms cannot be told apart.
     """
     folders = tuple(Path(workdir) for workdir in workdirs)
     sweeps = [load_sweep(folder) for folder in folders]
@@ -209,12 +210,19 @@ def load_results(
     planned = tuple(arms[order.index(name)].name for name in sweeps[0].baselines)
     title = " and ".join(folder.resolve().name for folder in folders)
     known = [arm.name for arm in arms]
+    if len(set(known)) < len(known):
+        raise InputError(
+            f"two of {', '.join(map(str, folders))} have the same last name and arms of the same "
+            "names, which could not be told apart; rename a folder"
+        )
     for name in baselines:
         if name not in known:
             raise InputError(f"--baseline={name} is no arm; {suggest(name, known)}")
-    results = Results(
-        title, folders, sweeps[0].section, tuple(arms), tuple(baselines) or planned, planned
-    )
+    section = sweeps[0].section
+    if len({sweep.section.budget_rank for sweep in sweeps}) > 1:
+        # Arms of different budgets meet no common one.
+        section = dataclasses.replace(section, budget_rank=0)
+    results = Results(title, folders, section, tuple(arms), tuple(baselines) or planned, planned)
     if not any(record["status"] == "finished" for record in results.records):
         raise InputError(
             f"{', '.join(map(str, folders))}: none of {len(results.records)} runs is finished, so "

@@ -11,9 +11,14 @@ from mos_jax.reporting.results import Results
 from mos_jax.reporting.scores import LEAST_PAIRS, Difference, Score
 from mos_jax.reporting.tables import lacking_table, number, whole
 
+HELD_OUT = "The test set was used once, after everything was chosen."
+RECALL = (
+    "All sets of the memory probe are its training set, so rates were chosen on these pairs too, "
+    "with other seeds."
+)
 HOW_TO_READ = """\
-- **Accuracy** is the mean score on the test set, over items and over the seeds that finished. The
-  test set was used once, after everything was chosen.
+- **Accuracy** is the mean score on the test set, over items and over the seeds that finished.
+  {test_set}
 - **95% interval** carries the spread between seeds and between items: another set of seeds and
   another set of items of the same kind would be expected to land there. Overlapping intervals of
   two arms do not say that the arms are alike; the paired differences do, because all arms answer
@@ -35,7 +40,9 @@ HOW_TO_READ = """\
 def how_to_read(results: Results) -> str:
     """What the columns and pictures mean."""
     budget = results.section.budget_rank
-    lines = HOW_TO_READ.replace("{budget_rank}", str(budget)).split("\n- ")
+    text = HOW_TO_READ.replace("{budget_rank}", str(budget))
+    text = text.replace("{test_set}", RECALL if results.is_memory else HELD_OUT)
+    lines = text.split("\n- ")
     return "\n- ".join(line for line in lines if budget or not line.startswith("**Of the budget"))
 
 

@@ -169,11 +169,7 @@ def _verdicts(results: Results, differences: Mapping[str, Sequence[Difference]])
     parts = []
     for baseline, found in differences.items():
         parts.append(f"## In words: {accuracy_name(results)} against {baseline}\n")
-        parts.append(
-            text.in_words(results, baseline, found)
-            if found
-            else "There is no other arm to compare.\n"
-        )
+        parts.append(text.in_words(results, baseline, found))
     return parts
 
 

@@ -77,6 +77,18 @@ def test_two_sweeps_become_one_report(small, tmp_path):
     assert results.title == "small and other"
 
 
+def test_sweeps_of_different_budgets_have_none_together(small, tmp_path):
+    arms = {"MoS": SMALL["MoS"]}
+    fill(tmp_path, make_sweep(tmp_path, arms, budget_rank=1), arms)
+    assert load_results([small]).section.budget_rank == 2
+    assert load_results([small, tmp_path]).section.budget_rank == 0
+
+
+def test_arms_that_could_not_be_told_apart_are_refused(small):
+    with pytest.raises(InputError, match="have the same last name"):
+        load_results([small, small])
+
+
 def test_baselines_can_be_chosen_and_are_checked(small):
     assert load_results([small], ["MoS", "LoRA e=8"]).baselines == ("MoS", "LoRA e=8")
     with pytest.raises(InputError, match=r"--baseline=Mos is no arm; did you mean 'MoS'"):

@@ -19,7 +19,7 @@ from mos_jax.reporting.results import load_results
 from mos_jax.reporting.scores import arm_scores, compare_arms
 from mos_jax.reporting.sharing_pictures import gradient_map, usage_map
 from mos_jax.reporting.write import SharedRun, look_into_sharing, write_report
-from tests.reporting.demo import SMALL, fill, make_sweep
+from tests.reporting.demo import SMALL, STEPS, STUDY, fill, make_sweep
 
 
 @pytest.fixture(scope="module")
@@ -237,6 +237,26 @@ def test_a_sweep_without_budget_tuning_or_margin(tmp_path):
     assert "the only one" in markdown
     assert not list((tmp_path / "report").glob("rates-*"))
     assert "Nothing: every run of the sweep is finished." in markdown
+
+
+def test_runs_evaluated_at_their_end_alone_have_curves_of_the_loss(tmp_path):
+    fill(tmp_path, make_sweep(tmp_path, STUDY), STUDY)
+    for file in tmp_path.glob("runs/*/*/metrics.jsonl"):
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        kept = [
+            {k: v for k, v in line.items() if line["step"] == STEPS or "validation" not in k}
+            for line in lines
+        ]
+        file.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    results = load_results([tmp_path])
+    pictures = {one.name: one for one in draw_pictures(results, arm_scores(results), {}, None)}
+    (axes,) = pictures["curves-steps"].figure.axes
+    assert axes.get_title(loc="left") == "Training"
+    (line,) = [
+        line for line in pictures["curves-each"].figure.axes[0].lines if line.get_label() in STUDY
+    ]
+    assert len(line.get_xdata()) == STEPS
+    assert pictures["curves-each"].caption.startswith("Training loss")
 
 
 def test_a_sweep_that_has_only_begun(tmp_path):
