@@ -15,7 +15,7 @@ from mos_jax.sweeps.definition import SweepSection
 from mos_jax.training.config import default_config
 
 # MoS at the budget of LoRA of rank 2, all strategies on: the paper's first budget.
-MOS = {
+MOS: dict[str, Any] = {
     "method": "mos",
     "equivalent_rank": 2,
     "rank": 8,

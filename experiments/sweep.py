@@ -3,12 +3,14 @@ r"""Runs a sweep: every arm of a config, its learning rate chosen on validation 
 python experiments/sweep.py --config=configs/ablations/strategies.py --dry_run
 python experiments/sweep.py --config=configs/ablations/strategies.py --workdir=runs/strategies
 python experiments/sweep.py --config=configs/ablations/strategies.py --workdir=runs/strategies \
-  --executor=slurm --slurm=partition=gpu --slurm=gpus_per_node=1 --slurm=timeout_min=60
+  --executor=slurm --slurm=slurm_partition=gpu --slurm=gpus_per_node=1 --slurm=timeout_min=60
 python experiments/report.py --workdir=runs/strategies
 
 The same command goes on where it stopped: what is finished is skipped, what failed stays recorded
 (--retry_failed runs it again), and --config.sweep.seeds may grow. A config file of a sweep has
 get_config() with a section `sweep`, and get_arms(config), which yields dotted overrides.
+--config.sweep.stack=4 trains up to 4 runs of an arm in one compiled step. An arm that names its
+method takes that method's defaults, whatever --config.adapter says.
 """
 
 import os
@@ -52,7 +54,7 @@ def main(_: Sequence[str]) -> None:
     sweep, loads, console = Sweep.create(CONFIG.value.to_dict(), items), Loads(), Console()
     if workdir:
         check_same(sweep, workdir)
-    sweep.check_sites(loads)
+    sweep.check_arms(loads)
     if DRY_RUN.value:
         print_costs(sweep, loads, console)
         return

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from configs import study
 from mos_jax.adapters.budget import fit
 from mos_jax.adapters.sites import Sites, SiteShape
+from mos_jax.errors import InputError
 from mos_jax.models.config import known_config
 from mos_jax.sweeps.combinators import arm
 from mos_jax.training.config import RunConfig
@@ -31,6 +32,8 @@ RATES = {
 
 
 def get_config(budget_rank: str = "2") -> ConfigDict:
+    if not budget_rank.isdecimal() or int(budget_rank) < 1:
+        raise InputError(f"a rank stands behind the colon, such as :2, not {budget_rank!r}")
     config = study.base_config()
     config.sweep.budget_rank = int(budget_rank)
     config.sweep.baseline = "LoRA"
@@ -61,8 +64,8 @@ def get_arms(config: ConfigDict) -> Iterator[dict[str, Any]]:
         yield fitted("RaSA", "rasa")
     # Its diagonal comes on top of LoRA's parameters, so at LoRA's rank it is 1 to 2% above.
     yield arm(f"RaSA r={rank}", unequal, method="rasa", rank=rank)
-    yield fitted("ShareLoRA, A shared", "share_lora", shared="a")
-    yield fitted("ShareLoRA, B shared", "share_lora", shared="b")
+    yield fitted("ShareLoRA (A shared)", "share_lora", shared="a")
+    yield fitted("ShareLoRA (B shared)", "share_lora", shared="b")
     yield fitted("Tied-LoRA", "tied_lora")
     yield fitted("Uni-LoRA", "uni_lora")
     yield fitted("VB-LoRA", "vb_lora")

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from mos_jax.adapters.methods import count_parameters
 from mos_jax.errors import InputError, suggest
 from mos_jax.sweeps.combinators import ARM, Item
-from mos_jax.training.config import RunConfig, Section, default_adapter
+from mos_jax.training.config import RunConfig, Section, TrainingSection, default_adapter
 from mos_jax.training.session import Loads
 
 TUNING_METRICS = ("loss", "accuracy")
@@ -205,11 +205,11 @@ class Sweep:
         yield from self.tuning()
         yield from self.final()
 
-    def check_sites(self, loads: Loads) -> dict[str, int]:
-        """Builds every arm's adapter from shapes alone.
+    def check_arms(self, loads: Loads) -> dict[str, int]:
+        """Builds every arm's adapter from shapes alone, and loads its data.
 
         Args:
-          loads: where the bases come from.
+          loads: where bases and data come from.
 
         Returns:
           Trained parameters by arm.
@@ -221,8 +221,11 @@ class Sweep:
         for one in self.arms:
             config = self._run(one, "final", 0, one.learning_rates[0]).config
             try:
-                adapted = config.sites.select(loads.base(config.base).sites)
+                base = loads.base(config.base)
+                adapted = config.sites.select(base.sites)
                 counts[one.name] = sum(count_parameters(config.adapter, adapted).values())
+                # Or a mistyped path would be found by every run in turn, and recorded each time.
+                loads.data(config.data, base)
             except InputError as error:
                 raise InputError(f"arm {one.name!r} cannot be built: {error}") from None
         return counts
@@ -273,7 +276,7 @@ def override(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str,
     another method; the item's other fields of the adapter are set on those.
 
     Raises:
-      InputError: for a name without a section.
+      InputError: for a name without a section, or below a field that has none of its own.
     """
     nested = copy.deepcopy(dict(base))
     if "adapter.method" in overrides:
@@ -287,6 +290,8 @@ def override(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str,
         *inner, last = name.split(".")
         for part in inner:
             target = target.setdefault(part, {})
+            if not isinstance(target, dict):
+                raise InputError(f"{field!r} is no field: {part!r} of it has no fields of its own")
         target[last] = copy.deepcopy(value)
     return nested
 
@@ -319,7 +324,7 @@ def _arm(item: Item, section: SweepSection, base: Mapping[str, Any]) -> Arm:
         rates = _rates(RATES, text)
     except InputError as error:
         raise InputError(f"arm {name!r}: {error}") from None
-    default = base.get("training", {}).get("learning_rate", 3e-3)
+    default = base.get("training", {}).get("learning_rate", TrainingSection.learning_rate)
     return Arm(name, fields, rates or (float(default),), unequal)
 
 

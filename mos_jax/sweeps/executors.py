@@ -112,5 +112,6 @@ def _record_lost(task: Task, job: Any) -> None:
     for folder in task.folders:
         if status_of(folder) == "missing":
             lost = job.exception()
-            text = str(lost).strip().splitlines()[-1] if lost is not None else "ended silently"
+            words = "ended silently" if lost is None else str(lost).strip() or repr(lost)
+            text = words.splitlines()[-1]
             record_failure(folder, f"job {job.job_id} left no result: {text}")

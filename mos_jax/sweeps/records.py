@@ -127,7 +127,8 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _last_loss(folder: Path) -> float | None:
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    file = folder / "metrics.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     return json.loads(lines[-1])["loss"] if lines else None
 
 

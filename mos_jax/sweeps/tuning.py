@@ -67,8 +67,10 @@ def _choose(sweep: Sweep, one: Arm, root: Path) -> Choice:
     def rank(rate: float) -> tuple[float, ...]:
         seen = tried[rate]
         failed = sweep.section.tuning_seeds - seen["runs"]
+        # Comparisons with nan are false, so a rate that stands first would win by it.
+        loss = seen["loss"] if math.isfinite(seen["loss"]) else math.inf
         if sweep.section.tuning_metric == "accuracy":
-            return failed, -seen["accuracy"], seen["loss"]
-        return failed, seen["loss"]
+            return failed, -seen["accuracy"], loss
+        return failed, loss
 
     return Choice(one.name, min(tried, key=rank) if tried else None, tried)

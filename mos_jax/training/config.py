@@ -122,7 +122,7 @@ class TrainingSection(Section):
       accumulation: batches whose gradients are summed to one step; the loss is the mean over all
         their target tokens, as if they were one batch.
       dropout: of the input of the adapter's branch.
-      seed: of the adapter's initialisation and of dropout.
+      seed: of the adapter's initialisation, of the order of the data and of dropout.
     """
 
     steps: int = 200

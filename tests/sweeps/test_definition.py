@@ -79,6 +79,7 @@ def test_a_method_starts_from_its_own_defaults():
         (arm("x", {"training.stps": 3}), "training.stps; did you mean 'steps'"),
         (arm("x", {"trainig.steps": 3}), "unknown section 'trainig'; did you mean 'training'"),
         (arm("x", {"steps": 3}), "'steps' is no field of a section"),
+        (arm("x", {"training.steps.more": 3}), "'steps' of it has no fields of its own"),
         (arm("x", method="mos", equivalent_rank=2, rank=8, private_rank=3), "private_rank=3"),
         (arm("x", {"training.seed": 3}), "sets training.seed, which the sweep sets itself"),
         (arm("x", {"training.learning_rate": 3.0}), "use sweep.seeds and sweep.learning_rates"),
@@ -119,11 +120,17 @@ def test_empty_sweeps_and_arms_of_one_name_are_refused():
 
 
 def test_arms_are_built_on_the_base_from_shapes():
-    counts = tiny_sweep().check_sites(Loads())
+    counts = tiny_sweep().check_arms(Loads())
     assert counts["lora"] == counts["mos"] > 0
     wide = arm("wide", method="mos", equivalent_rank=2, rank=3, shards_per_vector=7)
     with pytest.raises(InputError, match=r"arm 'wide' cannot be built: .*=7 does not divide"):
-        tiny_sweep([*ITEMS, wide]).check_sites(Loads())
+        tiny_sweep([*ITEMS, wide]).check_arms(Loads())
+
+
+def test_data_that_cannot_be_loaded_is_found_before_any_run():
+    away = arm("away", {"data.task": "jsonl", "data.train_path": "nowhere.jsonl"}, rank=3)
+    with pytest.raises(InputError, match=r"arm 'away' cannot be built: .*nowhere\.jsonl"):
+        tiny_sweep([away]).check_arms(Loads())
 
 
 def test_a_sweep_survives_json():

@@ -92,6 +92,15 @@ def test_a_rate_that_failed_is_not_chosen_and_an_arm_without_a_rate_has_failed(t
     assert counts["finished"] == 4
 
 
+def test_a_rate_whose_loss_is_no_number_is_not_chosen(tmp_path):
+    run(tiny_sweep(), tmp_path, Pretend(best=1e-3))
+    file = tmp_path / "runs/lora/tune-lr0.001-seed1000/summary.json"
+    summary = json.loads(file.read_text())
+    summary["validation"]["loss"] = float("nan")
+    file.write_text(json.dumps(summary))
+    assert choose_rates(tiny_sweep(), tmp_path)["lora"].learning_rate == 1e-2
+
+
 def test_accuracy_decides_when_asked_and_loss_breaks_ties(tmp_path):
     run(tiny_sweep(), tmp_path, Pretend(best=1e-2))
     assert choose_rates(tiny_sweep(), tmp_path)["lora"].learning_rate == 1e-2
