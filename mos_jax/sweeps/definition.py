@@ -22,7 +22,10 @@ FIRST_TUNING_SEED = 1000
 RATES = "sweep.learning_rates"
 UNEQUAL = "sweep.unequal"
 # What a sweep sets itself, so an arm must not.
-TAKEN = ("training.seed", "training.learning_rate", "adapter.routing_seed")
+TAKEN = (
+    "training.seed", "training.learning_rate", "adapter.routing_seed", "evaluation.compare_base",
+    "evaluation.samples", "evaluation.test_at_end",
+)  # fmt: skip
 # What an arm may say of itself beside fields of the run.
 ARM_FIELDS = (RATES, UNEQUAL)
 
@@ -230,6 +233,11 @@ class Sweep:
                 raise InputError(f"arm {one.name!r} cannot be built: {error}") from None
         return counts
 
+    def resolved(self) -> dict[str, Any]:
+        """The base config and the section `sweep` with every field in its place, as JSON values."""
+        fields = {**RunConfig.from_mapping(self.base).to_dict(), "sweep": vars(self.section)}
+        return json.loads(json.dumps(fields))
+
     def to_dict(self) -> dict[str, Any]:
         """JSON values; `from_dict` reads them back."""
         return {
@@ -300,11 +308,6 @@ def slug(name: str) -> str:
     """A name for a folder: letters, digits and `.=+_-`, not starting with `-` or `.`."""
     plain = re.sub(r"[^\w.=+-]+", "_", name, flags=re.ASCII).strip("_") or "arm"
     return re.sub(r"^[-.]", "minus-", plain)
-
-
-def fingerprint(value: Any) -> str:
-    """JSON text that is equal for equal definitions."""
-    return json.dumps(value, sort_keys=True)
 
 
 def _arm(item: Item, section: SweepSection, base: Mapping[str, Any]) -> Arm:

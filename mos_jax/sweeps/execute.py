@@ -18,7 +18,7 @@ from mos_jax.training.config import RunConfig
 from mos_jax.training.loop import Stopped, train
 from mos_jax.training.session import Loads
 from mos_jax.training.stacked import train_stacked
-from mos_jax.training.workdir import WorkDir
+from mos_jax.training.workdir import Busy, WorkDir
 
 ERROR_FILE = "error.json"
 LOG_FILE = "log.txt"
@@ -64,7 +64,7 @@ def execute(task: Task, loads: Loads | None = None, compiled: str = "") -> list[
       compiled: folder that keeps compiled steps, which seeds share; empty = none.
 
     Returns:
-      What became of each run.
+      What became of each run; "missing" when another process is at work on it.
 
     Raises:
       Stopped: after a signal; what was done is saved, and nothing is recorded as failed.
@@ -85,6 +85,9 @@ def execute(task: Task, loads: Loads | None = None, compiled: str = "") -> list[
                 train_stacked(configs, task.folders, console, loads)
         except (Stopped, KeyboardInterrupt):
             raise
+        except Busy as error:
+            # A job of an earlier call, say: its result is not this one's to judge.
+            console.print(str(error), markup=False, highlight=False)
         except Exception as error:
             # A defect of one arm, or a full device, must not cost the others their results.
             console.print(traceback.format_exc(), markup=False, highlight=False)

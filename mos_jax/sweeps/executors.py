@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from mos_jax.errors import InputError
 from mos_jax.sweeps.execute import Task, execute, record_failure, status_of
+from mos_jax.training.loop import Stopped, noting_signals
 from mos_jax.training.session import Loads
 
 # Seconds between looks at the jobs of a cluster.
@@ -84,34 +86,55 @@ class SubmititExecutor:
             raise InputError(f"submitit refuses: {' '.join(str(error).split())}") from None
 
     def run(self, tasks: Sequence[Task], started: OnStart, done: OnDone) -> None:
-        """See base class."""
-        waiting = list(tasks)
+        """See base class.
+
+        Raises:
+          Stopped: after SIGTERM or SIGINT, with the jobs under way cancelled.
+        """
         jobs: list[tuple[Task, Any]] = []
         try:
-            while waiting or jobs:
-                while waiting and len(jobs) < self.parallel:
-                    task = waiting.pop(0)
-                    jobs.append((task, self._executor.submit(execute, task, None, self.compiled)))
-                    started(task)
-                for task, job in list(jobs):
-                    if job.done():
-                        jobs.remove((task, job))
-                        _record_lost(task, job)
-                        done(task)
-                if jobs:
-                    time.sleep(POLL if self.cluster == "slurm" else 0.2)
+            with noting_signals() as caught:
+                self._work_off(list(tasks), jobs, started, done, caught)
         except BaseException:
             # Their checkpoints stay; the same command goes on from there.
             for _, job in jobs:
                 job.cancel()
             raise
 
+    def _work_off(
+        self,
+        waiting: list[Task],
+        jobs: list[tuple[Task, Any]],
+        started: OnStart,
+        done: OnDone,
+        caught: list[int],
+    ) -> None:
+        while waiting or jobs:
+            if caught:
+                name = signal.Signals(caught[0]).name
+                raise Stopped(
+                    f"{name}: {len(jobs)} jobs cancelled; the same command goes on from there",
+                    128 + caught[0],
+                )
+            while waiting and len(jobs) < self.parallel:
+                task = waiting.pop(0)
+                jobs.append((task, self._executor.submit(execute, task, None, self.compiled)))
+                started(task)
+            for task, job in list(jobs):
+                if job.done():
+                    jobs.remove((task, job))
+                    _record_lost(task, job)
+                    done(task)
+            if jobs:
+                time.sleep(POLL if self.cluster == "slurm" else 0.2)
+
 
 def _record_lost(task: Task, job: Any) -> None:
     """Records what a job that died could not record itself (killed, out of time or memory)."""
+    lost = job.exception()
+    if lost is None:
+        return
+    text = (str(lost).strip() or repr(lost)).splitlines()[-1]
     for folder in task.folders:
         if status_of(folder) == "missing":
-            lost = job.exception()
-            words = "ended silently" if lost is None else str(lost).strip() or repr(lost)
-            text = words.splitlines()[-1]
             record_failure(folder, f"job {job.job_id} left no result: {text}")

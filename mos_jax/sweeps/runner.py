@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from mos_jax.errors import InputError
-from mos_jax.sweeps.definition import Sweep, SweepRun, fingerprint
+from mos_jax.sweeps.definition import Sweep, SweepRun
 from mos_jax.sweeps.execute import Status, Task, record_failure, status_of
 from mos_jax.sweeps.executors import Executor
 from mos_jax.sweeps.tuning import Choice, choose_rates
@@ -59,13 +60,17 @@ def run_sweep(
         with progress:
             _run_stage(sweep, sweep.tuning(), folder.path, executor, progress, retry_failed)
             choices = choose_rates(sweep, folder.path)
+            _check_choices(folder.path, sweep, choices)
             _write(folder.path / CHOICES_FILE, {n: c.to_dict() for n, c in choices.items()})
             final = final_runs(sweep, choices)
-            without = {name for name, choice in choices.items() if choice.learning_rate is None}
+            ready = []
             for run in final:
-                if run.arm in without:
+                if choices[run.arm].learning_rate is None:
                     record_failure(folder.path / run.folder, "no learning rate of this arm worked")
-            _run_stage(sweep, final, folder.path, executor, progress, retry_failed, without)
+                    progress.skip("failed")
+                else:
+                    ready.append(run)
+            _run_stage(sweep, ready, folder.path, executor, progress, retry_failed)
     found = [status_of(folder.path / run.folder) for run in final]
     counts: dict[Status, int] = {"finished": 0, "failed": 0, "missing": 0}
     for status in found:
@@ -98,19 +103,61 @@ def check_same(sweep: Sweep, path: str | os.PathLike[str]) -> None:
             names = ", ".join(sorted(held)[:5])
             raise InputError(f"{path} holds no sweep but {names}; choose another --workdir")
         return
-    old, new = (json.loads(json.dumps(side)) for side in (stored, sweep.to_dict()))
-    changed = differences(old["config"], new["config"])
-    changed = {name: pair for name, pair in changed.items() if name not in MAY_CHANGE}
-    arms = [{item["arm"]: fingerprint(item) for item in side["arms"]} for side in (old, new)]
-    listed = [f"{name} was {a!r}, now {b!r}" for name, (a, b) in changed.items()]
-    listed += [f"arm {n!r}" for n in {**arms[0], **arms[1]} if arms[0].get(n) != arms[1].get(n)]
-    if old["config"]["sweep"]["seeds"] > new["config"]["sweep"]["seeds"]:
-        listed.append("sweep.seeds shrinks, which would leave runs out")
+    listed = _differences(Sweep.from_dict(stored), sweep)
     if listed:
         raise InputError(
             f"{path} holds another sweep: {'; '.join(listed)}. Choose another --workdir, or "
             "restore these"
         )
+
+
+def _differences(old: Sweep, new: Sweep) -> list[str]:
+    """What makes `new` another sweep than `old`, in words; empty when it may go on."""
+    # Resolved, so that a field that an older version did not know has its default there.
+    changed = differences(old.resolved(), new.resolved())
+    listed = [
+        f"{name} was {a!r}, now {b!r}" for name, (a, b) in changed.items() if name not in MAY_CHANGE
+    ]
+    firsts = (side.final()[: len(side.arms)] for side in (old, new))
+    before, now = ({run.arm: run for run in runs} for runs in firsts)
+    if not listed:
+        for name in {**before, **now}:
+            if name not in before or name not in now:
+                listed.append(f"arm {name!r} is {'new' if name in now else 'gone'}")
+                continue
+            pairs = differences(before[name].config.to_dict(), now[name].config.to_dict())
+            listed += [f"arm {name!r}: {n} was {a!r}, now {b!r}" for n, (a, b) in pairs.items()]
+            if dataclasses.replace(old.arm(name), overrides={}) != dataclasses.replace(
+                new.arm(name), overrides={}
+            ):
+                listed.append(f"arm {name!r}: its learning rates or its budget")
+    if old.section.seeds > new.section.seeds:
+        listed.append("sweep.seeds shrinks, which would leave runs out")
+    return listed
+
+
+def _check_choices(path: Path, sweep: Sweep, choices: Mapping[str, Choice]) -> None:
+    """Raises InputError if a rate changes after the test set was used with another."""
+    try:
+        stored = json.loads((path / CHOICES_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return
+    for name, choice in choices.items():
+        old = stored.get(name, {}).get("learning_rate")
+        if old is None or old == choice.learning_rate:
+            continue
+        used = [
+            run
+            for run in sweep.final({name: old})
+            if run.arm == name and status_of(path / run.folder) == "finished"
+        ]
+        if used:
+            raise InputError(
+                f"the tuning runs of arm {name!r} now speak for the rate "
+                f"{choice.learning_rate:g}, but {len(used)} reported runs at {old:g} have used "
+                "the test set. To start that arm anew all the same, delete "
+                f"{path / used[0].folder} and its like"
+            )
 
 
 def _read_sweep(path: Path) -> dict[str, Any] | None:
@@ -146,17 +193,16 @@ def _run_stage(
     executor: Executor,
     progress: _Progress,
     retry_failed: bool,
-    without: set[str] | None = None,
 ) -> None:
-    waiting = []
-    for run in runs:
-        status = status_of(root / run.folder)
-        again = retry_failed and status == "failed" and run.arm not in (without or set())
-        if status == "missing" or again:
-            waiting.append(run)
+    tasks = []
+    # Grouped before the finished ones are left out: a group that was cut short must find itself.
+    for part in group(runs, sweep.section.stack):
+        found = [status_of(root / run.folder) for run in part]
+        if "missing" in found or (retry_failed and "failed" in found):
+            tasks.append(Task.of(root, part))
         else:
-            progress.skip(status)
-    tasks = [Task.of(root, part) for part in group(waiting, sweep.section.stack)]
+            for status in found:
+                progress.skip(status)
     if tasks:
         executor.run(tasks, progress.started, progress.done)
 
@@ -166,7 +212,7 @@ class _Progress:
 
     def __init__(self, console: Console, total: int):
         self._console = console
-        self._counts = {"finished": 0, "failed": 0}
+        self._counts: dict[Status, int] = {"finished": 0, "failed": 0, "missing": 0}
         self._running: dict[tuple[str, ...], float] = {}
         self._ran = 0
         self._total = total
@@ -235,6 +281,8 @@ class _Progress:
 
 def _outcome(folder: Path) -> str:
     status = status_of(folder)
+    if status == "missing":
+        return "at work in another process"
     if status == "failed":
         return f"failed ({json.loads((folder / 'error.json').read_text())['error'][:120]})"
     summary = json.loads((folder / "summary.json").read_text())

@@ -190,7 +190,7 @@ class Loop(abc.ABC):
         config, total = self.config, self.config.training.steps
         train_step: Any = None
         with (
-            _signals() as caught,
+            noting_signals() as caught,
             Reporter(self.logs(), config.logging, total, self.first, self.console) as reporter,
         ):
             pending: Pending | None = None
@@ -335,8 +335,12 @@ def disk_errors_in_words(folder: WorkDir) -> Iterator[None]:
 
 
 @contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Notes SIGTERM and SIGINT instead of dying; the loop stops after the step under way."""
+def noting_signals() -> Iterator[list[int]]:
+    """Notes SIGTERM and SIGINT instead of dying, so that a loop can stop in an orderly way.
+
+    Yields:
+      The numbers of the signals that came so far. A second SIGINT interrupts at once.
+    """
     caught: list[int] = []
 
     def note(number: int, _frame: FrameType | None) -> None:

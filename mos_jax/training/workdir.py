@@ -11,7 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from mos_jax.errors import InputError
-from mos_jax.training.config import check_resumable
+from mos_jax.training.config import RunConfig, check_resumable
+
+
+class Busy(InputError):
+    """Another process is at work in a run's folder."""
 
 
 class WorkDir:
@@ -43,8 +47,12 @@ class WorkDir:
             if self.path.exists() and any(self.checkpoints.glob("*")):
                 raise InputError(f"{self.path} has checkpoints but no config.json; choose another")
             return []
+        # A field that is newer than the stored configuration had its default then.
+        with contextlib.suppress(InputError):
+            stored = RunConfig.from_mapping(stored).to_dict()
         # Compared as JSON: a tuple and the list it was written as are the same value.
-        return check_resumable(stored, json.loads(json.dumps(config)), str(self.path))
+        old, new = (json.loads(json.dumps(side)) for side in (stored, config))
+        return check_resumable(old, new, str(self.path))
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Stores the resolved configuration."""
@@ -80,14 +88,14 @@ class WorkDir:
         """Creates the folder and keeps other runs out of it; freed even by a kill.
 
         Raises:
-          InputError: if another process holds it.
+          Busy: if another process holds it.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         with open(self.path / ".lock", "w") as stream:
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise InputError(f"another run is at work in {self.path}") from None
+                raise Busy(f"another run is at work in {self.path}") from None
             yield
 
     def _read(self, name: str) -> dict[str, Any] | None:

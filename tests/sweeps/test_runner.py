@@ -1,5 +1,6 @@
 import io
 import json
+import shutil
 
 import pytest
 from rich.console import Console
@@ -87,7 +88,7 @@ def test_a_rate_that_failed_is_not_chosen_and_an_arm_without_a_rate_has_failed(t
     assert counts == {"finished": 2, "failed": 2, "missing": 0}
     records = [r for r in read_records(tmp_path) if r["arm"] == "mos" and r["stage"] == "final"]
     assert {r["error"] for r in records} == {"no learning rate of this arm worked"}
-    retried = Pretend()
+    retried = Pretend(best=1e-3)
     counts, _ = run(tiny_sweep(), tmp_path, retried, retry_failed=True)
     assert counts["finished"] == 4
 
@@ -118,11 +119,14 @@ def test_the_folder_of_another_sweep_is_refused(tmp_path):
     run(tiny_sweep(), tmp_path)
     with pytest.raises(InputError, match=r"another sweep: training.steps was 3, now 4"):
         run(tiny_sweep(training={"steps": 4}), tmp_path)
-    with pytest.raises(InputError, match="another sweep: arm 'mos'"):
+    with pytest.raises(InputError, match="another sweep: arm 'mos' is gone"):
         run(tiny_sweep(ITEMS[:1]), tmp_path)
     changed = [ITEMS[0], arm("mos", method="mos", equivalent_rank=2, rank=4)]
-    with pytest.raises(InputError, match="another sweep: arm 'mos'"):
+    with pytest.raises(InputError, match=r"arm 'mos': adapter\.rank was 3, now 4"):
         run(tiny_sweep(changed), tmp_path)
+    rates = [ITEMS[0], {**ITEMS[1], "sweep.learning_rates": "1e-3"}]
+    with pytest.raises(InputError, match="arm 'mos': its learning rates"):
+        run(tiny_sweep(rates), tmp_path)
     with pytest.raises(InputError, match=r"sweep\.seeds shrinks"):
         run(tiny_sweep(seeds=1), tmp_path)
     with pytest.raises(InputError, match=r"another sweep: .*sweep\.learning_rates"):
@@ -132,6 +136,44 @@ def test_the_folder_of_another_sweep_is_refused(tmp_path):
     (other / "thesis.txt").write_text("")
     with pytest.raises(InputError, match=r"holds no sweep but thesis\.txt"):
         run(tiny_sweep(), other)
+
+
+def test_a_sweep_stored_before_a_field_existed_goes_on(tmp_path):
+    run(tiny_sweep(), tmp_path)
+    file = tmp_path / "sweep.json"
+    stored = json.loads(file.read_text())
+    del stored["config"]["evaluation"]["compare_base"]
+    del stored["config"]["training"]["b2"]
+    file.write_text(json.dumps(stored))
+    again = Pretend()
+    run(tiny_sweep(), tmp_path, again)
+    assert again.ran == []
+    with pytest.raises(InputError, match=r"training\.b2 was 0\.999, now 0\.9"):
+        run(tiny_sweep(training={"b2": 0.9}), tmp_path)
+
+
+def test_a_rate_does_not_change_once_the_test_set_was_used(tmp_path):
+    """A tuning run that failed and is tried again may speak for another rate."""
+    run(tiny_sweep(), tmp_path, Pretend(best=1e-2, fails=["lora/tune-lr0.01"]))
+    used = "'lora' now speak for the rate 0.01, but 2 reported runs at 0.001 have used"
+    with pytest.raises(InputError, match=used):
+        run(tiny_sweep(), tmp_path, Pretend(best=1e-2), retry_failed=True)
+    assert not (tmp_path / "runs/lora/final-lr0.01-seed0").exists()
+    shutil.rmtree(tmp_path / "runs/lora/final-lr0.001-seed0")
+    shutil.rmtree(tmp_path / "runs/lora/final-lr0.001-seed1")
+    counts, _ = run(tiny_sweep(), tmp_path, Pretend(best=1e-2))
+    assert counts["finished"] == 4
+
+
+def test_a_group_cut_short_is_tried_again_as_it_was(tmp_path):
+    """Its checkpoint is named after its runs, those that are finished too."""
+    sweep = tiny_sweep(stack=2)
+    run(sweep, tmp_path)
+    shutil.rmtree(tmp_path / "runs/mos/final-lr0.01-seed1")
+    again = Pretend()
+    _, text = run(sweep, tmp_path, again)
+    assert again.ran == ["mos/final-lr0.01-seed0", "mos/final-lr0.01-seed1"]
+    assert "8/8 mos/final-lr0.01-seed1" in text
 
 
 def test_two_sweeps_at_once_in_one_folder_refuse_each_other(tmp_path):
@@ -188,6 +230,14 @@ def test_a_folder_without_a_sweep_is_refused(tmp_path):
 
 def test_flatten():
     assert flatten({"a": {"b": 1, "c": {"d": 2}}, "e": 3}) == {"a.b": 1, "a.c.d": 2, "e": 3}
+
+
+def test_a_run_that_another_process_works_on_is_not_judged(tmp_path):
+    sweep = tiny_sweep(ITEMS[:1], learning_rates="", seeds=1)
+    (only,) = sweep.final()
+    with WorkDir(tmp_path / only.folder).lock():
+        assert execute(Task.of(tmp_path, [only])) == ["missing"]
+    assert "another run is at work" in (tmp_path / only.folder / "log.txt").read_text()
 
 
 @pytest.mark.slow
