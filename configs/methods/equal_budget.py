@@ -6,8 +6,9 @@ Hardware: 2 CPU cores. Time: --dry_run says. Result: not run as a whole.
 The number behind the colon is the rank of that LoRA. A method whose sizes do not meet the budget
 gets the nearest one below it, and the report shows the ratio. Rows called unequal stand apart:
 RaSA at LoRA's rank is a little above the budget, and VeRA would need a rank of hundreds to
-thousands for it, each as costly as one of LoRA's, so it is run at rank 256. Rates are three to a
-method, around what each method's own paper uses.
+thousands for it, each as costly as one of LoRA's, so it is run at rank 256. Its seeds differ in
+the order of the data alone: its projections have a seed of their own, its vectors start constant.
+Rates are three to a method, around what each method's own paper uses.
 """
 
 from collections.abc import Iterator

@@ -73,21 +73,3 @@ def bits_recalled(nats: np.ndarray, scores: np.ndarray, bits_per_pair: float) ->
         bits_recalled=float(np.maximum(saved, 0.0).sum()),
         bits_counted=recalled * bits_per_pair,
     )
-
-
-def bits_per_parameter(bits: float, trained_parameters: int) -> float:
-    """Bits of a recall per trained parameter.
-
-    A capacity only where more steps add no more bits; before that it tells how fast a method
-    learns. With few pairs it is capped by the pairs: at most `bits_prior` per parameter.
-
-    Args:
-      bits: `Recall.bits_recalled` or `Recall.bits_counted`.
-      trained_parameters: `Adapter.count_trained()`.
-
-    Raises:
-      InputError: if `trained_parameters` is below 1.
-    """
-    if trained_parameters < 1:
-        raise InputError(f"trained_parameters is {trained_parameters}; it must be at least 1")
-    return bits / trained_parameters

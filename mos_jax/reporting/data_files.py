@@ -54,7 +54,7 @@ def _flat(arm: Arm, record: Record) -> dict[str, Any]:
         "train_config": _section(config, "training"),
         "peft_config": _section(config, "adapter"),
         "train_samples": _samples(record, data),
-        "train_total_tokens": None,
+        "train_total_tokens": _samples(record, data, data.get("mean_tokens")),
         "package_info": json.dumps(record["versions"]),
     }
     own = {
@@ -73,12 +73,12 @@ def _section(config: Mapping[str, Any], name: str) -> str:
     )
 
 
-def _samples(record: Record, data: Mapping[str, Any]) -> int | None:
-    """Examples that training saw, from the mean number in a batch."""
-    if data.get("examples_per_batch") is None:
+def _samples(record: Record, data: Mapping[str, Any], each: float | None = 1.0) -> int | None:
+    """Examples that training saw, from the mean number in a batch; times the tokens of `each`."""
+    if data.get("examples_per_batch") is None or each is None:
         return None
     batches = record["steps"] * record["config"].get("training.accumulation", 1)
-    return round(batches * data["examples_per_batch"])
+    return round(batches * data["examples_per_batch"] * each)
 
 
 def _created(arm: Arm, record: Record) -> str | None:

@@ -149,7 +149,7 @@ def rate_table(results: Results) -> str:
                 number(sum(record[name] for record in done) / len(done) if done else None, digits)
                 for name, digits in (("validation_loss", 4), ("validation_accuracy", 3))
             ]
-            taken = "taken" if rate == arm.learning_rate else ""
+            taken = "taken" if done and rate == arm.learning_rate else ""
             if len(arm.learning_rates) == 1:
                 taken = "the only one"
             rows.append([arm.name, rate_text(rate), *means, f"{len(done)} of {len(runs)}", taken])

@@ -23,9 +23,10 @@ HOW_TO_READ = """\
   another set of items of the same kind would be expected to land there. Overlapping intervals of
   two arms do not say that the arms are alike; the paired differences do, because all arms answer
   the same items.
-- **p, corrected** is Holm's: with many arms, some would differ from the baseline by luck alone.
-  Verdicts follow it (better or worse where it is below 0.05); the intervals are not corrected, so
-  one may exclude 0 where the verdict sees no difference.
+- **p, corrected** is Holm's, over the arms compared with one baseline: with many arms, some would
+  differ from it by luck alone. Several baselines are not corrected for. Verdicts follow it (better
+  or worse where it is below 0.05); the intervals are not corrected, so one may exclude 0 where the
+  verdict sees no difference.
 - **Would have seen one of d**: a true difference of d would have been found in 8 of 10 such sweeps.
 - **Of the budget** is trained parameters divided by those of LoRA of rank {budget_rank}; the first
   table has the arms from 0.7 to 1.05.
@@ -65,6 +66,8 @@ def opening(results: Results) -> str:
         if results.is_memory
         else "the accuracy on test questions that were used once, at the end"
     )
+    if scored_in_parts(results):
+        measure += " (the mean mark of the task's own scorer, which gives parts of a mark too)"
     rates = any(len(arm.learning_rates) > 1 for arm in results.arms)
     return (
         f"{plural(count, 'arm')}, each one way of fine-tuning the frozen base "
@@ -73,6 +76,11 @@ def opening(results: Results) -> str:
         + f"repeated with {plural(results.section.seeds, 'seed')}. Compared is {measure}. What the "
         "columns mean stands at the end.\n"
     )
+
+
+def scored_in_parts(results: Results) -> bool:
+    """Whether the task's own scorer judges, so that scores are not exact match."""
+    return (results.fact("data_report") or {}).get("scoring") == "scorer"
 
 
 def what_was_run(results: Results) -> str:
@@ -102,7 +110,8 @@ def what_was_run(results: Results) -> str:
         ),
         f"- Seeds: {section.seeds} for each arm. A seed decides initialisation, order of the data, "
         "dropout and, for routed methods, the tables.",
-        f"- Runs: {len(done):,} of {len(records):,} finished, {hours:.1f} hours together.",
+        f"- Runs: {len(done):,} of {len(records):,} finished, {hours:.1f} hours together; of a run "
+        "that was interrupted, the time since it went on.",
     ]
     if results.is_memory:
         lines.insert(

@@ -20,13 +20,13 @@ Axis legend: s seeds, n items; functions on arrays allow further axes in front.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from scipy import stats
 
-from mos_jax.errors import InputError, suggest
+from mos_jax.errors import InputError
 from mos_jax.statistics.crossed import LEVEL, as_table, combine, item_part, seed_parts
 
 ALPHA = 1 - LEVEL
@@ -160,42 +160,6 @@ def compare(
         paired=paired,
         carries_seeds=min(len(ids), len(other_ids)) > 1,
     )
-
-
-def compare_all(
-    scores: Mapping[str, Any],
-    baseline: str,
-    seeds: Mapping[str, Sequence[int]] | None = None,
-) -> dict[str, Comparison]:
-    """Compares all other arms with one of them, with p-values corrected over them (Holm).
-
-    Args:
-      scores: for each arm its table [seeds, items].
-      baseline: name of the arm that the others are compared with.
-      seeds: for each arm the seeds of its rows; default: 0, 1, ...
-
-    Raises:
-      InputError: as `compare`, with the arm's name; or if the baseline is none of the arms, or the
-        only one.
-    """
-    if baseline not in scores:
-        raise InputError(f"baseline {baseline!r} is not an arm; {suggest(baseline, scores)}")
-    if len(scores) < 2:
-        raise InputError(f"{baseline!r} is the only arm; a comparison needs another")
-    given = seeds or {}
-    found = {}
-    for name, table in scores.items():
-        if name == baseline:
-            continue
-        try:
-            found[name] = compare(table, scores[baseline], given.get(name), given.get(baseline))
-        except InputError as error:
-            raise InputError(f"{name} against {baseline}: {error}") from error
-    corrected = holm([one.p_value for one in found.values()])
-    return {
-        name: dataclasses.replace(one, corrected_p=p, arms=len(found))
-        for (name, one), p in zip(found.items(), corrected, strict=True)
-    }
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -114,29 +114,23 @@ def print_costs(sweep: Sweep, loads: Loads, console: Console) -> None:
     """Prints the runs of a sweep with parameters, steps and estimated time."""
     costs = sweep_costs(sweep, loads)
     rate = machine_flops() * STEP_EFFICIENCY
-    table = Table("arm", "stage", "rates", "seeds", "rank", "trained", "steps", "runs", "minutes")
+    table = Table("arm", "stage", "rate", "seed", "rank", "trained", "steps", "minutes")
     for column in table.columns[2:]:
         column.justify = "right"
-    for one in sweep.arms:
-        for stage in ("tune", "final"):
-            mine = [(r, c) for r, c in costs if (r.arm, r.stage) == (one.name, stage)]
-            if not mine:
-                continue
-            run, cost = mine[0]
-            rates = [f"{r:g}" for r in one.learning_rates]
-            # Which one the final runs take is known after tuning.
-            shown = ", ".join(rates) if stage == "tune" or len(rates) == 1 else "the best"
-            table.add_row(
-                one.name + (" (unequal)" if one.unequal else ""),
-                stage,
-                shown,
-                str(len({r.seed for r, _ in mine})),
-                str(cost.rank),
-                f"{cost.trained:,}",
-                str(run.config.training.steps),
-                str(len(mine)),
-                f"{sum(c.flops for _, c in mine) / rate / 60:.1f}",
-            )
+    for run, cost in costs:
+        one = sweep.arm(run.arm)
+        # Which rate the final runs take is known after tuning.
+        open_rate = run.stage == "final" and len(one.learning_rates) > 1
+        table.add_row(
+            one.name + (" (unequal)" if one.unequal else ""),
+            run.stage,
+            "best" if open_rate else f"{run.learning_rate:g}",
+            str(run.seed),
+            str(cost.rank),
+            f"{cost.trained:,}",
+            str(run.config.training.steps),
+            f"{cost.flops / rate / 60:.1f}",
+        )
     console.print(table)
     hours = sum(cost.flops for _, cost in costs) / rate / 3600
     console.print(

@@ -18,7 +18,7 @@ from mos_jax.data.load import load_data
 from mos_jax.errors import InputError
 from mos_jax.evaluation.answers import evaluate, generate_answers
 from mos_jax.evaluation.compare import compare
-from mos_jax.evaluation.memory import bits_per_parameter, bits_recalled
+from mos_jax.evaluation.memory import bits_recalled
 from mos_jax.training.config import RunConfig
 from mos_jax.training.loop import train
 from mos_jax.training.report import print_summary
@@ -57,7 +57,6 @@ def test_bits_of_known_code_lengths():
     assert (found.pairs, found.pairs_recalled) == (4, 1)
     assert found.bits_counted == pytest.approx(31.0)
     assert found.bits_prior == pytest.approx(4 * 31.0)
-    assert bits_per_parameter(found.bits_recalled, 93) == pytest.approx(0.5)
 
 
 def test_a_barely_likeliest_value_counts_in_full_but_is_not_all_known():
@@ -83,11 +82,6 @@ def test_rounding_below_zero_is_a_sure_pair():
 def test_what_is_no_code_length_is_refused(nats, scores, bits, words):
     with pytest.raises(InputError, match=words):
         bits_recalled(np.array(nats), np.array(scores), bits)
-
-
-def test_a_share_of_no_parameters_is_refused():
-    with pytest.raises(InputError, match="trained_parameters is 0"):
-        bits_per_parameter(1.0, 0)
 
 
 def test_code_lengths_are_those_of_each_value(base, data, logits):

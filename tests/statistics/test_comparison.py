@@ -1,5 +1,4 @@
 import dataclasses
-import json
 
 import numpy as np
 import pytest
@@ -8,7 +7,6 @@ from scipy import stats
 from mos_jax import InputError
 from mos_jax.statistics.comparison import (
     compare,
-    compare_all,
     detectable,
     holm,
     is_non_inferior,
@@ -92,17 +90,6 @@ def test_holm_by_hand():
         holm([0.1, 1.2])
 
 
-def test_all_arms_against_a_named_baseline():
-    tables = {"lora": scores(0.5), "mos": scores(0.75, seed=1), "vera": scores(0.5, seed=2)}
-    found = compare_all(tables, "lora", seeds={name: [7, 8, 9, 10] for name in tables})
-    assert list(found) == ["mos", "vera"]
-    assert found["mos"].corrected_p == pytest.approx(2 * found["mos"].p_value)
-    assert found["vera"].corrected_p == pytest.approx(found["vera"].p_value)
-    assert {one.arms for one in found.values()} == {2}
-    assert verdict(found["mos"]).difference == "better"
-    assert json.loads(json.dumps(found["mos"].to_dict()))["paired"] is True
-
-
 def test_verdicts_use_the_corrected_p():
     found = compare(scores(0.75), scores(0.5, seed=1))
     assert str(verdict(found)) == "better"
@@ -137,9 +124,3 @@ def test_mistakes_are_named():
         compare(scores(0.5), [])
     with pytest.raises(InputError, match="one seed for each of 4 rows"):
         compare(scores(0.5), scores(0.5), seeds=[1, 1, 2, 3])
-    with pytest.raises(InputError, match="'lora'"):
-        compare_all({"lora": scores(0.5), "mos": scores(0.5)}, "lorra")
-    with pytest.raises(InputError, match="only arm"):
-        compare_all({"lora": scores(0.5)}, "lora")
-    with pytest.raises(InputError, match="mos against lora: the arm has 9 items"):
-        compare_all({"lora": scores(0.5), "mos": scores(0.5, items=9)}, "lora")
