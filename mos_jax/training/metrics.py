@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -50,6 +50,16 @@ class MetricsFile:
         self._stream.close()
 
 
+class Log(Protocol):
+    """What a `Reporter` writes to."""
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Takes the numbers of one step, with `step`."""
+
+    def close(self) -> None:
+        """Takes no more."""
+
+
 class RunLog:
     """Where the numbers of one run go: `metrics.jsonl` and what the configuration asks for."""
 
@@ -84,18 +94,19 @@ class Reporter:
 
     def __init__(
         self,
-        logs: Sequence[RunLog],
+        logs: Sequence[Log],
         config: LoggingSection,
         total_steps: int,
         first_step: int,
         console: Console,
+        title: str = "training",
     ):
         self._logs = logs
         self._config = config
         self._console = console
         self._total = total_steps
         self._bar = Progress(
-            TextColumn("training"),
+            TextColumn(title),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TextColumn("{task.fields[status]}"),
@@ -106,7 +117,7 @@ class Reporter:
             transient=False,
         )
         self._task = self._bar.add_task(
-            "training",
+            title,
             total=total_steps,
             completed=first_step,
             status="compiling the step",

@@ -1,0 +1,56 @@
+r"""Looks for the learning rate of a config: loss against a rising rate, as a picture.
+
+python experiments/lr_find.py --config=configs/quickstart.py --workdir=runs/lr_find
+python experiments/lr_find.py --config=configs/quickstart.py:lora --workdir=runs/lr_lora \
+  --min_rate=1e-4 --max_rate=0.3 --steps=60
+
+Writes lr_find.json and lr_find.png, and suggests a rate to put a grid around.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+
+from mos_jax import app
+
+CONFIG = app.define_config("configs/quickstart.py")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the result; made when missing.")
+MIN_RATE = flags.DEFINE_float("min_rate", 1e-5, "Learning rate of the first step.")
+MAX_RATE = flags.DEFINE_float("max_rate", 1.0, "Learning rate of the last step.")
+STEPS = flags.DEFINE_integer("steps", 100, "Steps; the test ends early once the loss explodes.")
+
+
+def main(_: Sequence[str]) -> None:
+    # Imported here so that --help and mistyped flags answer at once.
+    from rich.console import Console
+
+    from mos_jax.errors import InputError
+    from mos_jax.files import write_file
+    from mos_jax.reporting.rate_picture import range_test_picture
+    from mos_jax.reporting.style import png_bytes, require_matplotlib
+    from mos_jax.training.config import RunConfig
+    from mos_jax.training.lr_find import find_rate, print_suggestion
+
+    if not WORKDIR.value:
+        raise InputError("--workdir is missing; for example --workdir=runs/lr_find")
+    require_matplotlib()
+    config = RunConfig.from_mapping(CONFIG.value.lock().to_dict())
+    console = Console()
+    found = find_rate(
+        config,
+        WORKDIR.value,
+        console,
+        min_rate=MIN_RATE.value,
+        max_rate=MAX_RATE.value,
+        steps=STEPS.value,
+    )
+    title = f"{config.adapter.method} on {config.data.task}: range test of the learning rate"
+    picture = Path(WORKDIR.value) / "lr_find.png"
+    write_file(picture, png_bytes(range_test_picture(found, title)))
+    print_suggestion(found, console)
+    console.print(f"The curve is in {picture}.", highlight=False)
+
+
+if __name__ == "__main__":
+    app.run(main)
