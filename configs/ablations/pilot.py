@@ -19,7 +19,6 @@ from mos_jax.sweeps.combinators import arm, grid, product
 def get_config() -> ConfigDict:
     config = study.base_config()
     config.sweep.baseline = "LoRA e=2"
-    config.sweep.learning_rates = "1e-3,2.5e-3"
     return config
 
 

@@ -19,7 +19,6 @@ from mos_jax.sweeps.combinators import arm, chain, grid, product
 def get_config() -> ConfigDict:
     config = study.base_config()
     config.sweep.baseline = "p=0"
-    config.sweep.learning_rates = "1e-3,2.5e-3"
     config.sweep.budget_rank = 4
     return config
 

@@ -17,7 +17,6 @@ from configs import study
 def get_config() -> ConfigDict:
     config = study.base_config()
     config.sweep.baseline = "MoS"
-    config.sweep.learning_rates = "1e-3,2.5e-3"
     return config
 
 
