@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
     config.checkpoint.keep = 1
     config.logging.tensorboard = False
     config.sweep = vars(
-        SweepSection(learning_rates="2e-3,4e-3", seeds=3, baseline="LoRA e=1", budget_rank=1)
+        SweepSection(learning_rates="1e-3,2e-3,4e-3", seeds=3, baseline="LoRA e=1", budget_rank=1)
     )
     return config
 
