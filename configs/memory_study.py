@@ -21,18 +21,18 @@ def get_config() -> ConfigDict:
     config = default_config("lora", rank=1)
     config.base.name = "smollm2-135m-instruct"
     config.data.task = "memory"
-    config.data.task_options = {"pairs": 256, "key_tokens": 3, "value_tokens": 2}
+    config.data.task_options = {"pairs": 128, "key_tokens": 3, "value_tokens": 2}
     # Rows of 16 pairs, so that a step sees 64 of them.
     config.data.batch_size = 4
-    config.training.steps = 64
+    config.training.steps = 48
     config.training.warmup_share = 0.1
-    config.evaluation.every = 16
+    config.evaluation.every = 8
     config.evaluation.max_new_tokens = 2
-    config.checkpoint.every = 32
+    config.checkpoint.every = 24
     config.checkpoint.keep = 1
     config.logging.tensorboard = False
     config.sweep = vars(
-        SweepSection(learning_rates="1e-3,2e-3,4e-3", seeds=3, baseline="LoRA e=1", budget_rank=1)
+        SweepSection(learning_rates="2e-3,4e-3", seeds=3, baseline="LoRA e=1", budget_rank=1)
     )
     return config
 
