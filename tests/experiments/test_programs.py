@@ -1,31 +1,13 @@
 """The command-line programs as a user calls them."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-
-
-def call(program, *flags, ok=True):
-    done = subprocess.run(
-        [sys.executable, f"experiments/{program}.py", *map(str, flags)],
-        cwd=ROOT,
-        env=os.environ | {"COLUMNS": "80"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    if ok:
-        assert done.returncode == 0, done.stdout + done.stderr
-    return done
+from tests.experiments.fixtures_programs import ROOT, call
 
 
 @pytest.fixture(scope="module")

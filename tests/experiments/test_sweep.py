@@ -1,16 +1,12 @@
 """The sweep program as a user calls it, on a tiny base."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from mos_jax.sweeps.records import read_records
+from tests.experiments import fixtures_programs
 
-ROOT = Path(__file__).parents[2]
 CONFIG = '''
 """A sweep of seconds."""
 
@@ -38,19 +34,7 @@ def get_arms(config):
 
 
 def call(*flags, ok=True):
-    done = subprocess.run(
-        [sys.executable, "experiments/sweep.py", *map(str, flags)],
-        cwd=ROOT,
-        env=os.environ | {"COLUMNS": "120"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    if ok:
-        assert done.returncode == 0, done.stdout + done.stderr
-    return done
+    return fixtures_programs.call("sweep", *flags, ok=ok, columns=120)
 
 
 @pytest.fixture(scope="module")
