@@ -163,7 +163,10 @@ def test_bad_input_is_one_line_and_status_2(program, flags, words):
     assert not (ROOT / "runs/never").exists()
 
 
-@pytest.mark.parametrize("program", ["train", "quickstart", "evaluate", "generate", "export"])
+@pytest.mark.parametrize(
+    "program",
+    ["train", "quickstart", "evaluate", "generate", "export", "sweep", "report", "lr_find"],
+)
 def test_help_shows_a_command_to_copy_and_every_flag(program):
     done = call(program, "--help", ok=False)
     assert f"python experiments/{program}.py" in done.stdout
