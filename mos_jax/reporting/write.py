@@ -27,6 +27,8 @@ from mos_jax.reporting.page import markdown_to_html
 from mos_jax.reporting.results import Results
 from mos_jax.reporting.scores import Difference, Score, arm_scores, compare_arms
 
+# From this share of the pairs on, a flat curve of recall says that there was no more to learn.
+ALL_PAIRS = 0.9
 MARKDOWN, PAGE, RECORDS, SUMMARY = "report.md", "report.html", "results.json", "summary.json"
 
 
@@ -185,20 +187,33 @@ def _verdicts(results: Results, differences: Mapping[str, Sequence[Difference]])
 
 def _memory_table(results: Results) -> str:
     recalled, bits = memory_curves(results)
+    pairs = (results.fact("data_report") or {}).get("pairs")
     rows = []
     for name, curve in bits.items():
         change = change_at_end(curve)
-        if change is None:
-            reading = "not enough evaluations to tell"
-        elif abs(change) <= FLAT:
-            reading = "flat: a capacity, at these steps and this rate"
-        else:
-            reading = "not flat: speed of learning"
-        pairs = f"{recalled[name].mean[-1]:,.1f}" if name in recalled else tables.NONE
+        known = recalled[name].mean[-1] if name in recalled else None
+        reading = memory_reading(change, None if known is None or not pairs else known / pairs)
         shown = tables.NONE if change is None else f"{change:+.1%}"
-        rows.append([name, reading, pairs, f"{curve.mean[-1]:.3f}", shown])
+        held = tables.NONE if known is None else f"{known:,.1f}"
+        rows.append([name, reading, held, f"{curve.mean[-1]:.3f}", shown])
     header = [
         "arm", "what the end of the curve is", "pairs recalled",
         "bits per trained parameter", "change in the last quarter of the steps",
     ]  # fmt: skip
     return tables.markdown_table(header, rows, words=2)
+
+
+def memory_reading(change: float | None, share: float | None) -> str:
+    """What the end of a recall curve may be called.
+
+    Args:
+      change: relative change of the bits in the last quarter of the steps, or None if unknown.
+      share: of the pairs, that are recalled at the end, or None if unknown.
+    """
+    if change is None:
+        return "not enough evaluations to tell"
+    if abs(change) > FLAT:
+        return "not flat: speed of learning"
+    if share is not None and share > ALL_PAIRS:
+        return "flat since the pairs are used up: a lower bound of the capacity"
+    return "flat: a capacity, at these steps and this rate"

@@ -18,7 +18,12 @@ from mos_jax.reporting.gallery import change_at_end, draw_pictures
 from mos_jax.reporting.results import load_results
 from mos_jax.reporting.scores import arm_scores, compare_arms
 from mos_jax.reporting.sharing_pictures import gradient_map, usage_map
-from mos_jax.reporting.write import SharedRun, look_into_sharing, write_report
+from mos_jax.reporting.write import (
+    SharedRun,
+    look_into_sharing,
+    memory_reading,
+    write_report,
+)
 from tests.reporting.demo import SMALL, STEPS, STUDY, fill, make_sweep
 
 
@@ -289,3 +294,18 @@ def test_out_must_not_be_a_file(small, tmp_path):
     (tmp_path / "out").write_text("")
     with pytest.raises(InputError, match="is a file; give a folder"):
         write_report(load_results([small]), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("change", "share", "words"),
+    [
+        (None, 0.5, "not enough evaluations"),
+        (0.3, 0.5, "not flat: speed of learning"),
+        (0.3, 0.99, "not flat: speed of learning"),
+        (0.01, 0.5, "flat: a capacity"),
+        (-0.01, 0.99, "the pairs are used up"),
+        (0.01, None, "flat: a capacity"),
+    ],
+)
+def test_a_flat_curve_is_a_capacity_only_while_pairs_are_left(change, share, words):
+    assert words in memory_reading(change, share)
