@@ -1,7 +1,7 @@
 """The memory probe as a sweep: how fast, and how much, do LoRA and MoS learn by heart?
 
 Command: python experiments/sweep.py --config=configs/memory_study.py --workdir=runs/memory
-Hardware: 2 CPU cores. Time: 15 minutes. Result: results/studies.md; MoS learns later than LoRA.
+Hardware: 2 CPU cores. Time: 13 minutes. Result: results/studies.md; MoS learns later than LoRA.
 All seven site types at the budgets of LoRA of rank 1 and 2. Training, validation and test ask the
 same pairs, since recall is measured: the rate is chosen on the pairs that are reported, with
 other seeds.

@@ -2,7 +2,7 @@
 
 The base, the task and the training of every arm, and the arms that several of them share. The task
 is sums of two or three numbers of one or two digits: short questions, the commonest answer is
-right for about one in forty, and LoRA's learning curve still rises when the runs end.
+right for one in twenty-five, and LoRA's learning curve still rises when the runs end.
 """
 
 from collections.abc import Iterator

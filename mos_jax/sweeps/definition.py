@@ -154,8 +154,8 @@ class Sweep:
                 raise InputError(
                     f"config: sweep.baseline {name!r} is no arm; {suggest(name, names)}"
                 )
-        for run in sweep.every_run():
-            assert run.config is not None
+        # Builds every config: what cannot be built is named here, before any run starts.
+        list(sweep.every_run())
         return sweep
 
     @property

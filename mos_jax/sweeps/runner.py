@@ -25,8 +25,9 @@ FORMAT = "mos_jax.sweep"
 SWEEP_FILE, CHOICES_FILE = "sweep.json", "learning_rates.json"
 # What may stand in a folder before its sweep has begun.
 OWN = {".lock", "compiled", "jobs"}
-# May change between calls: more seeds only add runs, the others decide nothing of a run.
-MAY_CHANGE = ("sweep.seeds", "sweep.stack", "sweep.baseline")
+# May change between calls: more seeds only add runs, stacking decides nothing of a run. Baseline
+# and margin may not: they are fixed before the runs. The report takes other baselines, and says so.
+MAY_CHANGE = ("sweep.seeds", "sweep.stack")
 
 
 def run_sweep(

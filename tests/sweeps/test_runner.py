@@ -129,6 +129,8 @@ def test_the_folder_of_another_sweep_is_refused(tmp_path):
         run(tiny_sweep(rates), tmp_path)
     with pytest.raises(InputError, match=r"sweep\.seeds shrinks"):
         run(tiny_sweep(seeds=1), tmp_path)
+    with pytest.raises(InputError, match=r"another sweep: sweep\.baseline was '', now 'mos'"):
+        run(tiny_sweep(baseline="mos"), tmp_path)
     with pytest.raises(InputError, match=r"another sweep: .*sweep\.learning_rates"):
         run(tiny_sweep(learning_rates="1e-3"), tmp_path)
     other = tmp_path / "other"
