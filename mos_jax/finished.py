@@ -19,7 +19,7 @@ from mos_jax.errors import InputError
 from mos_jax.interop.check import largest_logit_difference
 from mos_jax.interop.peft import ARRAYS_FILE, export_peft, read_peft_factors
 from mos_jax.models.base import Base, load_base
-from mos_jax.models.decoder import Factors
+from mos_jax.models.projection import Factors
 
 # Tokens on which an export is checked.
 CHECK_ROWS, CHECK_LENGTH = 2, 32

@@ -20,7 +20,7 @@ from configs import study
 from mos_jax.adapters.budget import fit
 from mos_jax.adapters.sites import Sites, SiteShape
 from mos_jax.errors import InputError
-from mos_jax.models.config import known_config
+from mos_jax.models.known import known_config
 from mos_jax.sweeps.combinators import arm
 from mos_jax.training.config import RunConfig
 

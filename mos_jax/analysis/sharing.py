@@ -28,7 +28,8 @@ from mos_jax.data.batches import Batch
 from mos_jax.errors import InputError
 from mos_jax.evaluation.loss import summed_loss
 from mos_jax.finished import load_finished
-from mos_jax.models.decoder import Decoder, Factors
+from mos_jax.models.decoder import Decoder
+from mos_jax.models.projection import Factors
 
 KINDS = tuple(f"pool_{side}" for side in SIDES)
 # Batches of the training set that the gradient is averaged over.

@@ -22,8 +22,9 @@ from mos_jax.data.tokens import prompt_ids
 from mos_jax.evaluation.loss import token_losses
 from mos_jax.evaluation.memory import Recall, bits_recalled
 from mos_jax.models.base import Base
-from mos_jax.models.decoder import Decoder, Factors
+from mos_jax.models.decoder import Decoder
 from mos_jax.models.generation import Sampling, generate
+from mos_jax.models.projection import Factors
 from mos_jax.statistics.shares import wilson_interval
 
 # Rows generated at once; bounds the key-value cache.

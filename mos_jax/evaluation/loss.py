@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from mos_jax.adapters.strictness import strict
 from mos_jax.data.batches import Batch
-from mos_jax.models.decoder import Decoder, Dropout, FactorsSource
+from mos_jax.models.decoder import Decoder, FactorsSource
+from mos_jax.models.projection import Dropout
 
 
 @strict

@@ -18,17 +18,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from mos_jax.adapters.adapter import Frozen, site_key
-from mos_jax.adapters.low_rank import LowRank
+from mos_jax.adapters.adapter import Frozen
 from mos_jax.adapters.sites import SiteShape
 from mos_jax.adapters.strictness import strict
 from mos_jax.errors import InputError, suggest
+from mos_jax.models.attention import attend
+from mos_jax.models.blocks import add_attention, add_mlp, queries_keys_values, rms_norm
 from mos_jax.models.config import DecoderConfig
-from mos_jax.models.rope import rotary_tables, rotate
+from mos_jax.models.projection import Dropout, Factors, Projector, layer_dropout
+from mos_jax.models.rope import rotary_tables
 
-Factors = Mapping[str, LowRank]
 FactorsSource = Factors | Callable[[jax.Array], Factors] | None
-Dropout = tuple[jax.Array, jax.Array | float]
 
 # What a block keeps for its backward pass; everything else is cheap to compute again. The values
 # are the outputs of the large products, so that none of those runs twice.
@@ -153,11 +153,11 @@ class Decoder(nnx.Module):
         def body(x: jax.Array, scanned: Any) -> tuple[jax.Array, None]:
             layer, weights, low_rank = scanned
             low_rank = low_rank if assemble is None else assemble(layer)
-            project = _Projector(weights, low_rank, _layer_dropout(dropout, layer))
-            q, k, v = _queries_keys_values(self.config, project, x, rope)
+            project = Projector(weights, low_rank, layer_dropout(dropout, layer))
+            q, k, v = queries_keys_values(self.config, project, x, rope)
             q, k, v = (checkpoint_name(y, n) for y, n in ((q, "q"), (k, "k"), (v, "v")))
-            x = _add_attention(project, x, attend(q, k, v, mask))
-            return _add_mlp(self.config, project, x), None
+            x = add_attention(project, x, attend(q, k, v, mask))
+            return add_mlp(self.config, project, x), None
 
         if self.remat != "none":
             policy = (
@@ -217,14 +217,14 @@ class Decoder(nnx.Module):
             x, cache = carry
             layer, weights, low_rank = scanned
             low_rank = low_rank if assemble is None else assemble(layer)
-            project = _Projector(weights, low_rank, None)
-            q, k, v = _queries_keys_values(self.config, project, x, rope)
+            project = Projector(weights, low_rank, None)
+            q, k, v = queries_keys_values(self.config, project, x, rope)
             cache = Cache(
                 cache.k.at[layer, rows, positions].set(k),
                 cache.v.at[layer, rows, positions].set(v),
             )
-            x = _add_attention(project, x, attend(q, cache.k[layer], cache.v[layer], mask))
-            return (_add_mlp(self.config, project, x), cache), None
+            x = add_attention(project, x, attend(q, cache.k[layer], cache.v[layer], mask))
+            return (add_mlp(self.config, project, x), cache), None
 
         x = self.embed[...][tokens].reshape(batch * length, self.config.d_model)
         assemble, low_rank = self._split_source(factors)
@@ -265,134 +265,3 @@ class Decoder(nnx.Module):
                 )
         depth = self.config.num_layers
         return None, {name: f.for_all_layers(depth) for name, f in factors.items()}
-
-
-class _Projector:
-    """The linear layers of one block, each with its adapter's branch where there is one."""
-
-    def __init__(
-        self,
-        weights: Mapping[str, jax.Array],
-        factors: Factors,
-        dropout: Callable[[str, jax.Array], jax.Array] | None,
-    ):
-        self.weights = weights
-        self._factors = factors
-        self._dropout = dropout
-
-    def __call__(self, x: jax.Array, *names: str) -> list[jax.Array]:
-        """Applies the layers `names` to the same input: [N, d_in] -> [N, d_out] each."""
-        outputs = [x @ self.weights[name] for name in names]
-        adapted = [i for i, name in enumerate(names) if name in self._factors]
-        if self._dropout is not None:
-            for i in adapted:
-                branch = self._factors[names[i]].apply(self._dropout(names[i], x))
-                outputs[i] = outputs[i] + branch
-            return outputs
-        if adapted:
-            branches = apply_together(x, [self._factors[names[i]] for i in adapted])
-            for i, branch in zip(adapted, branches, strict=True):
-                outputs[i] = outputs[i] + branch
-        return outputs
-
-
-def apply_together(x: jax.Array, factors: list[LowRank]) -> list[jax.Array]:
-    """`[f.apply(x) for f in factors]` with one product for all A's.
-
-    Products with so few rows are bound by reading `x`; stacking the A's of the layers that share
-    an input reads it once, forward and backward.
-    """
-    stacked = jnp.concatenate([f.a for f in factors]).astype(x.dtype)
-    scale = jnp.concatenate([jnp.broadcast_to(f.scale, (f.rank,)) for f in factors])
-    middle = jax.lax.dot_general(
-        x, stacked, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-    )
-    middle = checkpoint_name((middle * scale[None, :]).astype(x.dtype), "low_rank")
-    outputs, start = [], 0
-    for f in factors:
-        part = jax.lax.slice_in_dim(middle, start, start + f.rank, axis=1)
-        outputs.append(part @ f.b.astype(x.dtype))
-        start += f.rank
-    return outputs
-
-
-def _layer_dropout(
-    dropout: Dropout | None, layer: jax.Array
-) -> Callable[[str, jax.Array], jax.Array] | None:
-    if dropout is None:
-        return None
-    key, rate = dropout
-    keep = 1.0 - jnp.asarray(rate, jnp.float32)
-    key = jax.random.fold_in(key, layer)
-
-    return lambda name, x: keep_fraction(site_key(key, name, "dropout"), keep, x)
-
-
-def keep_fraction(key: jax.Array, keep: jax.Array, x: jax.Array) -> jax.Array:
-    """Dropout (Srivastava et al. 2014): keeps each entry of x with probability `keep`, scaled."""
-    mask = jax.random.bernoulli(key, keep, x.shape)
-    return jnp.where(mask, x / keep.astype(x.dtype), jnp.zeros((), x.dtype))
-
-
-def _queries_keys_values(
-    config: DecoderConfig, project: _Projector, x: jax.Array, rope: tuple[jax.Array, jax.Array]
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    normed = rms_norm(x, project.weights["attn_norm"], config.rms_eps)
-    q, k, v = project(normed, "q_proj", "k_proj", "v_proj")
-    batch, length = rope[0].shape[:2]
-    q, k, v = (y.reshape(batch, length, -1, config.head_dim) for y in (q, k, v))
-    return rotate(q, rope), rotate(k, rope), v
-
-
-def _add_attention(project: _Projector, x: jax.Array, attended: jax.Array) -> jax.Array:
-    attended = checkpoint_name(attended.reshape(x.shape[0], -1), "attended")
-    (output,) = project(attended, "o_proj")
-    return checkpoint_name(x + output, "middle")
-
-
-def _add_mlp(config: DecoderConfig, project: _Projector, x: jax.Array) -> jax.Array:
-    normed = rms_norm(x, project.weights["mlp_norm"], config.rms_eps)
-    gate, up = project(normed, "gate_proj", "up_proj")
-    gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
-    (output,) = project(jax.nn.silu(gate) * up, "down_proj")
-    return x + output
-
-
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """RMSNorm (arXiv 1910.07467) over the last axis of [N, d], computed in fp32."""
-    x32 = x.astype(jnp.float32)
-    scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return (x32 * scale * weight[None, :]).astype(x.dtype)
-
-
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """Grouped-query attention (arXiv 2305.13245), softmax in fp32.
-
-    Args:
-      q: [B, S, H, c].
-      k: [B, T, K, c].
-      v: [B, T, K, c].
-      mask: bool [B, S, T]; True where a query may see a key. Every query must see one.
-
-    Returns:
-      [B, S, H, c].
-    """
-    batch, length, heads, width = q.shape
-    slots, shared = k.shape[1], k.shape[2]
-    groups = heads // shared
-    # One product for each key head, its queries stacked: on CPU twice as fast as einsum's layout.
-    q = q.reshape(batch, length, shared, groups, width).transpose(0, 2, 3, 1, 4)
-    q = (q * jnp.asarray(width**-0.5, q.dtype)).reshape(batch * shared, groups * length, width)
-    k = k.transpose(0, 2, 1, 3).reshape(batch * shared, slots, width)
-    v = v.transpose(0, 2, 1, 3).reshape(batch * shared, slots, width)
-    scores = jnp.einsum("bqc,btc->bqt", q, k, preferred_element_type=jnp.float32)
-    scores = scores.reshape(batch, shared, groups, length, slots)
-    scores = jnp.where(mask[:, None, None], scores, jnp.float32(-1e30))
-    # Divided after the product with v, which is smaller than the scores. The shift cancels out.
-    shift = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
-    weights = jnp.exp(scores - shift)
-    total = jnp.sum(weights, axis=-1).reshape(batch * shared, groups * length, 1)
-    weights = weights.astype(v.dtype).reshape(batch * shared, groups * length, slots)
-    attended = jnp.einsum("bqt,btc->bqc", weights, v, preferred_element_type=jnp.float32) / total
-    attended = attended.reshape(batch, shared, groups, length, width).transpose(0, 3, 1, 2, 4)
-    return attended.reshape(batch, length, heads, width).astype(v.dtype)

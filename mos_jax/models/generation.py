@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mos_jax.errors import InputError
-from mos_jax.models.decoder import Cache, Decoder, Factors
+from mos_jax.models.decoder import Cache, Decoder
+from mos_jax.models.projection import Factors
 
 # Prompts are padded to a multiple of this many tokens and slots likewise, so that few shapes, and
 # few compilations, serve all lengths.

@@ -24,7 +24,8 @@ import gguf
 import numpy as np
 
 from mos_jax.errors import InputError
-from mos_jax.models.config import DecoderConfig, config_from_gguf
+from mos_jax.models.config import DecoderConfig
+from mos_jax.models.gguf_config import config_from_gguf
 from mos_jax.models.layout import allocate_weights, fill, match_tensors
 
 NAMES = {

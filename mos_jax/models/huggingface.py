@@ -17,7 +17,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from mos_jax.errors import InputError
-from mos_jax.models.config import DecoderConfig, config_from_huggingface
+from mos_jax.models.config import DecoderConfig
+from mos_jax.models.huggingface_config import config_from_huggingface
 from mos_jax.models.layout import CHUNK, allocate_weights, fill, match_tensors, read_json
 
 NAMES = {

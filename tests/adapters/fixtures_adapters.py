@@ -9,7 +9,7 @@ from flax import nnx
 
 from mos_jax.adapters.adapter import Adapter
 from mos_jax.adapters.sites import SiteShape
-from mos_jax.models.config import KNOWN_CONFIGS
+from mos_jax.models.known import KNOWN_CONFIGS
 
 # Widths divisible by 4; one input width, so that the types share what JAX compiles.
 SITES = {"q_proj": SiteShape(3, 8, 12), "down_proj": SiteShape(3, 8, 4)}

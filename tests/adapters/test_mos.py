@@ -16,7 +16,7 @@ from mos_jax.adapters.methods import count_parameters, create_adapter, make_conf
 from mos_jax.adapters.mos import MoS, MoSConfig
 from mos_jax.adapters.sites import SiteShape
 from mos_jax.errors import InputError
-from mos_jax.models.config import KNOWN_CONFIGS
+from mos_jax.models.known import KNOWN_CONFIGS
 from tests.adapters.fixtures_adapters import (
     MODEL_LAYERS,
     SITES,

@@ -3,15 +3,10 @@ import dataclasses
 import pytest
 
 from mos_jax.errors import InputError
-from mos_jax.models.config import (
-    KNOWN_CONFIGS,
-    SITES,
-    DecoderConfig,
-    RopeScaling,
-    config_from_gguf,
-    config_from_huggingface,
-    known_config,
-)
+from mos_jax.models.config import SITES, DecoderConfig, RopeScaling
+from mos_jax.models.gguf_config import config_from_gguf
+from mos_jax.models.huggingface_config import config_from_huggingface
+from mos_jax.models.known import KNOWN_CONFIGS, known_config
 from mos_jax.models.tiny import tiny_config
 from tests.models.fixtures_models import huggingface_config
 

@@ -8,8 +8,9 @@ from flax import nnx
 
 from mos_jax import InputError, LoRAConfig, MoSConfig, create_adapter, select_sites
 from mos_jax.adapters.low_rank import LowRank
-from mos_jax.models.config import KNOWN_CONFIGS
-from mos_jax.models.decoder import REMAT_POLICIES, Decoder, keep_fraction
+from mos_jax.models.decoder import REMAT_POLICIES, Decoder
+from mos_jax.models.known import KNOWN_CONFIGS
+from mos_jax.models.projection import keep_fraction
 from tests.models.fixtures_decoder import (
     MOS,
     filled_adapter,

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from mos_jax.errors import InputError
-from mos_jax.models.config import known_config
 from mos_jax.models.gguf import find_packaged_gguf, open_gguf, read_config, read_weights
+from mos_jax.models.known import known_config
 from mos_jax.models.tiny import tiny_config, tiny_weights
 from tests.models.fixtures_models import write_gguf
 

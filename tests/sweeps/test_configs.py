@@ -7,7 +7,7 @@ import pytest
 
 from mos_jax.adapters.methods import METHODS, count_parameters
 from mos_jax.adapters.sites import SiteShape
-from mos_jax.models.config import known_config
+from mos_jax.models.known import known_config
 from mos_jax.sweeps.definition import Sweep
 
 ROOT = Path(__file__).parents[2]
