@@ -1,6 +1,7 @@
 """Low-rank factors: the one form that every adapter takes before it meets a model.
 
-Axis legend: L adapted blocks, r rank, h = d_in, o = d_out.
+Axis legend: L adapted blocks, B rows of a batch, S tokens of a row, N = B * S, r rank, h = d_in,
+o = d_out.
 """
 
 from __future__ import annotations
@@ -23,10 +24,14 @@ class LowRank:
     object stands for all blocks of a site type, without it for one block; `jax.lax.scan` and
     `jax.vmap` move between the two.
 
+    Inside a block, that is for `apply`, a leading axis B means rows: row i of a batch has the
+    change of entry i, so that one batch mixes adapters. Factors that a base shall scan over have
+    no such axis; a callable of the block's index gives it (see `Decoder`).
+
     Attributes:
-      a: fp32 [L, r, h] or [r, h].
-      b: fp32 [L, r, o] or [r, o].
-      scale: fp32 [L] or []. An array, so that it scans, maps and may differ by block.
+      a: fp32 [L, r, h] or [r, h]; inside a block also [B, r, h].
+      b: fp32 [L, r, o] or [r, o]; inside a block also [B, r, o].
+      scale: fp32 [L] or [], or [B]. An array, so that it scans, maps and may differ by block.
       layers: the blocks of the model that the L entries stand for; None = all, in order. Static.
     """
 
@@ -44,20 +49,32 @@ class LowRank:
         """Number of entries of `a` and `b` together."""
         return self.a.size + self.b.size
 
+    def scaled(self, by: float | jax.Array) -> LowRank:
+        """The change times `by`, a number or fp32 []; the same A and B."""
+        return dataclasses.replace(self, scale=self.scale * jnp.asarray(by, jnp.float32))
+
+    def __neg__(self) -> LowRank:
+        """The opposite change, to the bit: what it adds, this takes away."""
+        return dataclasses.replace(self, scale=-self.scale)
+
     @strict
     def apply(self, x: jax.Array) -> jax.Array:
         """Computes `scale * (x a^T) b` for one block: x [N, h] -> [N, o] in x's dtype.
 
+        With a leading axis B, x holds B rows of S tokens each, one row after the other, and
+        tokens of row i meet entry i.
+
         This is where fp32 factors meet a base of another dtype: they are cast to the dtype of
         `x` for the two products; the r-wide middle stays fp32, where the scale is applied.
+
+        Raises:
+          InputError: if the B rows do not divide N.
         """
-        middle = jax.lax.dot_general(
-            x,
-            self.a.astype(x.dtype),
-            (((1,), (1,)), ((), ())),
-            preferred_element_type=jnp.float32,
-        )
-        return (middle * self.scale).astype(x.dtype) @ self.b.astype(x.dtype)
+        return from_rank(to_rank(x, self.a, self.scale_of_vectors()), self.b)
+
+    def scale_of_vectors(self) -> jax.Array:
+        """The scale once for each rank vector: fp32 [..., r], with the leading axes of `a`."""
+        return jnp.broadcast_to(self.scale[..., None], self.a.shape[:-1])
 
     @strict
     def delta(self) -> jax.Array:
@@ -121,3 +138,40 @@ class LowRank:
                 f"factors with the leading axes {list(own)}{which} do not fit weights with "
                 f"{list(blocks)}: [] is one block, [L] a model of L blocks"
             )
+
+
+def to_rank(x: jax.Array, a: jax.Array, scale: jax.Array) -> jax.Array:
+    """The middle of a low-rank product, `scale * (x a^T)`, scaled in fp32, in x's dtype.
+
+    Args:
+      x: tokens [N, h].
+      a: [r, h] -> [N, r]; or [B, r, h], one for each row of S = N / B tokens -> [B, S, r].
+      scale: of each rank vector, fp32 [r] or [B, r].
+
+    Raises:
+      InputError: if the B rows do not divide N.
+    """
+    if a.ndim == 2:
+        middle = jax.lax.dot_general(
+            x, a.astype(x.dtype), (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+        )
+        return (middle * scale[None, :]).astype(x.dtype)
+    rows = a.shape[0]
+    if x.shape[0] % rows:
+        raise InputError(f"factors for {rows} rows do not fit a batch of {x.shape[0]} tokens")
+    # One product for each row: as many FLOPs as with one adapter, and each row's A is read once.
+    middle = jax.lax.dot_general(
+        x.reshape(rows, -1, x.shape[1]),
+        a.astype(x.dtype),
+        (((2,), (2,)), ((0,), (0,))),
+        preferred_element_type=jnp.float32,
+    )
+    return (middle * scale[:, None, :]).astype(x.dtype)
+
+
+def from_rank(middle: jax.Array, b: jax.Array) -> jax.Array:
+    """The other half: `middle` [N, r] times b [r, o], or [B, S, r] times [B, r, o], -> [N, o]."""
+    if b.ndim == 2:
+        return middle @ b.astype(middle.dtype)
+    out = jax.lax.dot_general(middle, b.astype(middle.dtype), (((2,), (1,)), ((0,), (0,))))
+    return out.reshape(-1, b.shape[2])

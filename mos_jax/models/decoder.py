@@ -19,6 +19,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from mos_jax.adapters.adapter import Frozen
+from mos_jax.adapters.low_rank import LowRank
 from mos_jax.adapters.sites import SiteShape
 from mos_jax.adapters.strictness import strict
 from mos_jax.errors import InputError, suggest
@@ -96,6 +97,8 @@ class Decoder(nnx.Module):
           tokens: int32 [B, S].
           factors: None for the untouched base; `adapter.factors()` to assemble all blocks before
             the scan; or the method itself, `adapter.factors`, to assemble each block inside it.
+            Any callable of a block's index, int32 [], may stand for it; the factors that it
+            returns may have a leading axis B, an adapter for each row (see `AdapterBank`).
           positions: int32 [B, S], of each token in its own text; default 0, 1, 2, ...
           segments: int32 [B, S]; tokens attend only within equal segments, and to no later
             token. All see the tokens of a negative segment, a prefix that they share. Default:
@@ -167,7 +170,7 @@ class Decoder(nnx.Module):
             )
             body = jax.checkpoint(body, policy=policy, prevent_cse=False)
         x = embedded.reshape(batch * length, self.config.d_model)
-        assemble, low_rank = self._split_source(factors)
+        assemble, low_rank = self._split_source(factors, batch)
         x, _ = jax.lax.scan(body, x, (self._layers(), self._weights(), low_rank))
         x = rms_norm(x, self.final_norm[...], self.config.rms_eps)
         return x.reshape(batch, length, self.config.d_model)
@@ -227,7 +230,7 @@ class Decoder(nnx.Module):
             return (add_mlp(self.config, project, x), cache), None
 
         x = self.embed[...][tokens].reshape(batch * length, self.config.d_model)
-        assemble, low_rank = self._split_source(factors)
+        assemble, low_rank = self._split_source(factors, batch)
         scanned = (self._layers(), self._weights(), low_rank)
         (x, cache), _ = jax.lax.scan(body, (x, cache), scanned)
         x = rms_norm(x, self.final_norm[...], self.config.rms_eps)
@@ -240,17 +243,22 @@ class Decoder(nnx.Module):
         return {name: variable[...] for name, variable in self.blocks.items()}
 
     def _split_source(
-        self, factors: FactorsSource
+        self, factors: FactorsSource, rows: int
     ) -> tuple[Callable[[jax.Array], Factors] | None, Factors]:
         if factors is None:
             return None, {}
         if callable(factors):
-            return factors, {}
-        sites = self.sites
+            source = factors
+
+            def assemble(layer: jax.Array) -> Factors:
+                assembled = source(layer)
+                for name, low_rank in assembled.items():
+                    self._check_block(name, low_rank, rows)
+                return assembled
+
+            return assemble, {}
         for name, low_rank in factors.items():
-            if name not in sites:
-                raise InputError(f"factors for unknown site {name!r}; {suggest(name, sites)}")
-            site, widths = sites[name], (low_rank.a.shape[-1], low_rank.b.shape[-1])
+            site, widths = self._site(name), (low_rank.a.shape[-1], low_rank.b.shape[-1])
             layers = low_rank.layers
             depth_fits = (
                 low_rank.a.shape[0] == site.num_layers
@@ -265,3 +273,19 @@ class Decoder(nnx.Module):
                 )
         depth = self.config.num_layers
         return None, {name: f.for_all_layers(depth) for name, f in factors.items()}
+
+    def _site(self, name: str) -> SiteShape:
+        sites = self.sites
+        if name not in sites:
+            raise InputError(f"factors for unknown site {name!r}; {suggest(name, sites)}")
+        return sites[name]
+
+    def _check_block(self, name: str, low_rank: LowRank, rows: int) -> None:
+        """Raises InputError unless these are one block's factors, for all rows or for each."""
+        site, a, b = self._site(name), low_rank.a.shape, low_rank.b.shape
+        if a[:-2] not in ((), (rows,)) or (a[-1], b[-1]) != (site.d_in, site.d_out):
+            raise InputError(
+                f"factors of {name!r} in one block must be a [r, {site.d_in}] and "
+                f"b [r, {site.d_out}], or have an axis of the batch's {rows} rows before these; "
+                f"got {list(a)} and {list(b)}"
+            )

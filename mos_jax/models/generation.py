@@ -14,8 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mos_jax.errors import InputError
-from mos_jax.models.decoder import Cache, Decoder
-from mos_jax.models.projection import Factors
+from mos_jax.models.decoder import Cache, Decoder, FactorsSource
 
 # Prompts are padded to a multiple of this many tokens and slots likewise, so that few shapes, and
 # few compilations, serve all lengths.
@@ -62,7 +61,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     stop: Sequence[int],
     sampling: Sampling | None = None,
-    factors: Factors | None = None,
+    factors: FactorsSource = None,
 ) -> list[list[int]]:
     """Continues every prompt.
 
@@ -71,7 +70,8 @@ def generate(
       prompts: token ids of each row; not empty.
       stop: ids that end a row.
       sampling: default greedy, 64 tokens.
-      factors: of the adapter, `adapter.factors()`; None for the base alone.
+      factors: of the adapter, `adapter.factors()`; None for the base alone; or a callable of a
+        block's index that is a pytree, such as `bank.for_rows(names)`, one name for each prompt.
 
     Returns:
       For each prompt, the new ids, without the stop id.
@@ -143,7 +143,7 @@ def _round_up(length: int) -> int:
 
 @functools.partial(jax.jit, static_argnames="slots")
 def _prefill(
-    model: Decoder, tokens: jax.Array, lengths: jax.Array, factors: Factors | None, slots: int
+    model: Decoder, tokens: jax.Array, lengths: jax.Array, factors: FactorsSource, slots: int
 ) -> tuple[jax.Array, Cache]:
     # Filler behind a short prompt enters slots that the row's own next tokens overwrite before
     # any later position can see them.
@@ -187,7 +187,7 @@ def _decode(
     current: jax.Array,
     positions: jax.Array,
     cache: Cache,
-    factors: Factors | None,
+    factors: FactorsSource,
     key: jax.Array,
     controls: tuple[jax.Array, jax.Array],
     greedy: bool,

@@ -1,6 +1,6 @@
 """The linear layers of one block, each with its adapter's branch.
 
-Axis legend: N = B * S tokens, r rank.
+Axis legend: B rows, S tokens of a row, N = B * S, r rank.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from mos_jax.adapters.adapter import site_key
-from mos_jax.adapters.low_rank import LowRank
+from mos_jax.adapters.low_rank import LowRank, from_rank, to_rank
 from mos_jax.models.dense import dense
 
 Factors = Mapping[str, LowRank]
@@ -52,18 +52,17 @@ def apply_together(x: jax.Array, factors: list[LowRank]) -> list[jax.Array]:
     """`[f.apply(x) for f in factors]` with one product for all A's.
 
     Products with so few rows are bound by reading `x`; stacking the A's of the layers that share
-    an input reads it once, forward and backward.
+    an input reads it once, forward and backward. Factors with an axis B are stacked row by row.
     """
-    stacked = jnp.concatenate([f.a for f in factors]).astype(x.dtype)
-    scale = jnp.concatenate([jnp.broadcast_to(f.scale, (f.rank,)) for f in factors])
-    middle = jax.lax.dot_general(
-        x, stacked, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-    )
-    middle = checkpoint_name((middle * scale[None, :]).astype(x.dtype), "low_rank")
+    if len({f.a.ndim for f in factors}) > 1:  # some by row, some for all rows
+        return [f.apply(x) for f in factors]
+    stacked = jnp.concatenate([f.a for f in factors], axis=-2)
+    scale = jnp.concatenate([f.scale_of_vectors() for f in factors], axis=-1)
+    middle = checkpoint_name(to_rank(x, stacked, scale), "low_rank")
     outputs, start = [], 0
     for f in factors:
-        part = jax.lax.slice_in_dim(middle, start, start + f.rank, axis=1)
-        outputs.append(part @ f.b.astype(x.dtype))
+        part = jax.lax.slice_in_dim(middle, start, start + f.rank, axis=-1)
+        outputs.append(from_rank(part, f.b))
         start += f.rank
     return outputs
 

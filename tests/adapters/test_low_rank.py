@@ -190,9 +190,31 @@ def test_layers_is_static_and_survives_jit():
     np.testing.assert_array_equal(doubled.scale, 2 * all_blocks().scale)
 
 
-def test_apply_refuses_the_factors_of_several_blocks():
-    with pytest.raises((TypeError, ValueError)):
-        all_blocks().apply(jnp.asarray(draw(N, H)))
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_with_an_axis_of_rows_each_row_meets_its_own_factors(rows):
+    factors = jax.tree.map(lambda leaf: leaf[:rows], all_blocks())
+    x = draw(N, H)
+    y = factors.apply(jnp.asarray(x))
+    assert (y.shape, y.dtype) == ((N, D), jnp.float32)
+    exact = np.einsum("bsh,bho->bso", x.reshape(rows, -1, H), dense(factors)).reshape(N, D)
+    np.testing.assert_allclose(y, exact, rtol=1e-5, atol=1e-5)
+    rounded = factors.apply(jnp.asarray(x, jnp.bfloat16))
+    assert rounded.dtype == jnp.bfloat16
+    np.testing.assert_allclose(rounded.astype(float), exact, atol=0.03 * abs(exact).max())
+
+
+def test_rows_that_do_not_divide_the_tokens_are_refused():
+    with pytest.raises(InputError, match="3 rows do not fit a batch of 7 tokens"):
+        all_blocks().apply(jnp.asarray(draw(7, H)))
+
+
+def test_scaled_and_negated_factors_make_the_scaled_and_the_opposite_change():
+    for factors in (one_block(), all_blocks((0, 2, 3))):
+        want = -2.5 * factors.delta()
+        np.testing.assert_allclose(factors.scaled(-2.5).delta(), want, rtol=1e-6)
+        np.testing.assert_array_equal((-factors).delta(), -factors.delta())
+        assert (-factors).layers == factors.scaled(2).layers == factors.layers
+        assert (-factors).scale.dtype == factors.scaled(2).scale.dtype == jnp.float32
 
 
 def test_strict_refuses_silent_widening():
