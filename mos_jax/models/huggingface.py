@@ -21,22 +21,48 @@ from mos_jax.models.config import DecoderConfig
 from mos_jax.models.huggingface_config import config_from_huggingface
 from mos_jax.models.layout import CHUNK, allocate_weights, fill, match_tensors, read_json
 
-NAMES = {
+_BLOCK = "model.layers.{}."
+_NAMES = {
     "embed": "model.embed_tokens.weight",
     "head": "lm_head.weight",
     "final_norm": "model.norm.weight",
-    "blocks/attn_norm": "model.layers.{}.input_layernorm.weight",
-    "blocks/mlp_norm": "model.layers.{}.post_attention_layernorm.weight",
-    "blocks/q_proj": "model.layers.{}.self_attn.q_proj.weight",
-    "blocks/k_proj": "model.layers.{}.self_attn.k_proj.weight",
-    "blocks/v_proj": "model.layers.{}.self_attn.v_proj.weight",
-    "blocks/o_proj": "model.layers.{}.self_attn.o_proj.weight",
-    "blocks/gate_proj": "model.layers.{}.mlp.gate_proj.weight",
-    "blocks/up_proj": "model.layers.{}.mlp.up_proj.weight",
-    "blocks/down_proj": "model.layers.{}.mlp.down_proj.weight",
+    "blocks/attn_norm": _BLOCK + "input_layernorm.weight",
+    "blocks/mlp_norm": _BLOCK + "post_attention_layernorm.weight",
+    "blocks/q_norm": _BLOCK + "self_attn.q_norm.weight",
+    "blocks/k_norm": _BLOCK + "self_attn.k_norm.weight",
+    "blocks/q_bias": _BLOCK + "self_attn.q_proj.bias",
+    "blocks/k_bias": _BLOCK + "self_attn.k_proj.bias",
+    "blocks/v_bias": _BLOCK + "self_attn.v_proj.bias",
+    "blocks/q_proj": _BLOCK + "self_attn.q_proj.weight",
+    "blocks/k_proj": _BLOCK + "self_attn.k_proj.weight",
+    "blocks/v_proj": _BLOCK + "self_attn.v_proj.weight",
+    "blocks/o_proj": _BLOCK + "self_attn.o_proj.weight",
+    "blocks/gate_proj": _BLOCK + "mlp.gate_proj.weight",
+    "blocks/up_proj": _BLOCK + "mlp.up_proj.weight",
+    "blocks/down_proj": _BLOCK + "mlp.down_proj.weight",
+}
+# With norms behind the sublayers, "post_attention_layernorm" is what it says.
+_POST_NORM_NAMES = {
+    "blocks/attn_post_norm": _BLOCK + "post_attention_layernorm.weight",
+    "blocks/mlp_norm": _BLOCK + "pre_feedforward_layernorm.weight",
+    "blocks/mlp_post_norm": _BLOCK + "post_feedforward_layernorm.weight",
 }
 _DTYPES = ("F32", "F16", "BF16")
 _INDEX = "model.safetensors.index.json"
+
+
+def tensor_names(config: DecoderConfig) -> dict[str, str]:
+    """Returns a folder's name of each weight of `config`, `{}` standing for the layer's number.
+
+    "head" is always among them: some folders hold a head that equals the embedding.
+    """
+    names = _NAMES | (_POST_NORM_NAMES if config.post_norms else {})
+    return {name: names[name] for name in ("head", *config.weight_shapes())}
+
+
+def norm_offset(config: DecoderConfig) -> float:
+    """Returns what a folder's norm weights lack of the factor: Gemma's files hold it less 1."""
+    return 1.0 if config.family == "gemma3" else 0.0
 
 
 def read_config(path: os.PathLike[str] | str) -> DecoderConfig:
@@ -86,19 +112,23 @@ def read_weights(
                 raise InputError(
                     f"{folder}: tensor {name} has type {kind}; only {', '.join(_DTYPES)} are read"
                 )
-        tied_head = config.tied_embeddings and found.pop(NAMES["head"], None) is not None
-        matched = match_tensors(folder, config, NAMES, found)
+        names = tensor_names(config)
+        tied_head = config.tied_embeddings and found.pop(names["head"], None) is not None
+        matched = match_tensors(folder, config, names, found)
         if tied_head:
             _check_tied(folder, tensors)
         # Only now: sizes of a damaged config could ask for any amount of memory.
         weights = allocate_weights(config, dtype)
         for slot in matched:
-            fill(weights, slot, _row_reader(tensors[slot.source]), folder)
+            offset = norm_offset(config) if slot.target.endswith("norm") else 0.0
+            fill(weights, slot, _row_reader(tensors[slot.source], offset), folder)
     return weights
 
 
-def _row_reader(tensor: Any) -> Callable[[int, int], np.ndarray]:
-    return lambda start, stop: tensor[start:stop]
+def _row_reader(tensor: Any, offset: float) -> Callable[[int, int], np.ndarray]:
+    if not offset:
+        return lambda start, stop: tensor[start:stop]
+    return lambda start, stop: tensor[start:stop].astype(np.float32) + np.float32(offset)
 
 
 def _open_tensors(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
@@ -152,7 +182,7 @@ def _read_index(folder: Path, index: Path) -> dict[str, str]:
 
 
 def _check_tied(folder: Path, tensors: Mapping[str, Any]) -> None:
-    embed, head = tensors[NAMES["embed"]], tensors[NAMES["head"]]
+    embed, head = tensors[_NAMES["embed"]], tensors[_NAMES["head"]]
     rows, width = embed.get_shape()
     same = head.get_shape() == [rows, width]
     step = max(1, CHUNK // width)
@@ -161,6 +191,6 @@ def _check_tied(folder: Path, tensors: Mapping[str, Any]) -> None:
         same = same and np.array_equal(embed[start:stop], head[start:stop])
     if not same:
         raise InputError(
-            f"{folder}: config.json ties the embeddings, but {NAMES['head']} differs from "
-            f"{NAMES['embed']}; set tie_word_embeddings to false if the head is its own"
+            f"{folder}: config.json ties the embeddings, but {_NAMES['head']} differs from "
+            f"{_NAMES['embed']}; set tie_word_embeddings to false if the head is its own"
         )

@@ -40,8 +40,8 @@ def tiny_weights(
 
     Projections have variance 1 / d_in, and those that write to the residual stream 2 L times less,
     so that activations keep their scale through the blocks; the embedding has variance 1 / d, so
-    that tied logits have a scale of about 1. Norm weights lie around 1, not at it, so that leaving
-    one out shows. Weights in bfloat16 are those in float32, rounded.
+    that tied logits have a scale of about 1. Norm weights lie around 1, not at it, and biases
+    around 0, so that leaving one out shows. Weights in bfloat16 are those in float32, rounded.
 
     Args:
         config: Sizes; `tiny_config()` or another.
@@ -62,6 +62,8 @@ def tiny_weights(
         values = rng.standard_normal(weight.shape, np.float32)
         if name.endswith("norm"):
             values = 1 + np.float32(0.1) * values
+        elif name.endswith("bias"):
+            values *= np.float32(0.2)
         elif name == "embed":
             values *= np.float32(config.d_model**-0.5)
         else:

@@ -75,7 +75,7 @@ def write_folder(
     """Writes a Hugging Face folder; tensors go round the shards; `extra` adds or replaces some."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(huggingface_config(config)))
-    tensors = in_file_order(config, weights, huggingface.NAMES) | (extra or {})
+    tensors = in_file_order(config, weights, huggingface.tensor_names(config)) | (extra or {})
     tensors = {k: v.astype(_SAFETENSORS_TYPES[dtype]) for k, v in tensors.items()}
     if shards == 1:
         save_file(tensors, folder / "model.safetensors")
@@ -154,7 +154,7 @@ def write_gguf(
         writer.add_bos_token_id(1)
         writer.add_eos_token_id(2)
         writer.add_chat_template(CHATML)
-    tensors = in_file_order(config, weights, gguf_reader.NAMES) | (extra or {})
+    tensors = in_file_order(config, weights, gguf_reader.tensor_names(config)) | (extra or {})
     for name, array in tensors.items():
         if name in drop:
             continue

@@ -21,6 +21,8 @@ def test_the_six_lines_of_the_readme_work():
 
 def test_the_fingerprint_knows_weights_and_not_precision():
     base = load_base("tiny-random")
+    # Stored with every adapter: it may not change from one version to the next.
+    assert base.fingerprint.startswith("cccd92f5dbbc6d4472e2f1db069e4e3d")
     assert load_base("tiny-random", "bfloat16").fingerprint == base.fingerprint
     weights = tiny_weights(base.config, 0, "float32")
     again = Base("again", Decoder(base.config, weights), base.tokenizer)

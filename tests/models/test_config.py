@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 
 from mos_jax.errors import InputError
-from mos_jax.models.config import SITES, DecoderConfig, RopeScaling
+from mos_jax.models.config import SITES, DecoderConfig, LinearScaling, RopeScaling
 from mos_jax.models.gguf_config import config_from_gguf
 from mos_jax.models.huggingface_config import config_from_huggingface
 from mos_jax.models.known import KNOWN_CONFIGS, known_config
@@ -64,6 +64,22 @@ def test_weight_shapes_of_an_untied_model():
         ({"rms_eps": "1e-5"}, "rms_eps = '1e-5'"),
         ({"tied_embeddings": 1}, "tied_embeddings = 1"),
         ({"rope_scaling": {"factor": 8}}, "must be a RopeScaling"),
+        ({"rope_scaling": LinearScaling(0.0)}, "rope_scaling.factor = 0.0"),
+        ({"family": "qwen"}, "did you mean 'qwen"),
+        ({"activation": "relu"}, "activation = 'relu' is unknown"),
+        ({"qkv_bias": 1}, "qkv_bias = 1 must be true or false"),
+        ({"qk_norm": None}, "qk_norm = None must be true or false"),
+        ({"post_norms": "no"}, "post_norms = 'no' must be true or false"),
+        ({"embed_scale": 0}, "embed_scale = 0"),
+        ({"query_scale": -1.0}, "query_scale = -1.0"),
+        ({"window": 0}, "window = 0"),
+        ({"windowed_layers": (0,)}, "window is None"),
+        ({"local_rope_base": 1e4}, "window is None"),
+        ({"window": 4, "local_rope_base": "1"}, "local_rope_base = '1'"),
+        ({"window": 4, "windowed_layers": ()}, "at least one"),
+        ({"window": 4, "windowed_layers": (2,)}, "from 0 to 1"),
+        ({"window": 4, "windowed_layers": (1, 0)}, "ascending"),
+        ({"window": 4, "windowed_layers": [0]}, "must be a tuple"),
         ({"rope_scaling": RopeScaling(8.0, 4.0, 4.0, 8192)}, "must be less than"),
         ({"rope_scaling": RopeScaling(-1.0, 1.0, 4.0, 8192)}, "rope_scaling.factor = -1.0"),
         ({"d_mode": 3}, "did you mean 'd_model'"),
@@ -72,6 +88,42 @@ def test_weight_shapes_of_an_untied_model():
 def test_create_refuses(change, message):
     with pytest.raises(InputError, match=message.replace(".", r"\.")):
         DecoderConfig.create(**fields(**change))
+
+
+def test_windowed_layers():
+    assert tiny_config().is_windowed() == (False, False)
+    one = DecoderConfig.create(**fields(window=4, windowed_layers=(1,)))
+    assert one.is_windowed() == (False, True)
+    every = DecoderConfig.create(**fields(window=4, windowed_layers=(0, 1)))
+    assert every == DecoderConfig.create(**fields(window=4))
+    assert every.is_windowed() == (True, True)
+
+
+def test_weights_of_the_families_parts():
+    parts = {"qkv_bias": True, "qk_norm": True, "post_norms": True}
+    shapes = DecoderConfig.create(**fields(**parts)).weight_shapes()
+    new = {name: shapes[name] for name in shapes.keys() - tiny_config().weight_shapes().keys()}
+    norm, head = (2, 64), (2, 16)
+    assert new == {
+        "blocks/attn_post_norm": norm,
+        "blocks/mlp_post_norm": norm,
+        "blocks/q_norm": head,
+        "blocks/k_norm": head,
+        "blocks/q_bias": (2, 64),
+        "blocks/k_bias": (2, 32),
+        "blocks/v_bias": (2, 32),
+    }
+
+
+def test_architecture_leaves_out_names_and_what_is_at_its_default():
+    plain = tiny_config().architecture()
+    assert list(plain) == [
+        *"num_layers d_model num_heads num_kv_heads head_dim d_ff vocab_size".split(),
+        *"rope_base rms_eps tied_embeddings max_positions rope_scaling".split(),
+    ]
+    other = DecoderConfig.create(**fields(name="other", family="mistral"))
+    assert other.architecture() == plain
+    assert other.architecture() != DecoderConfig.create(**fields(window=4)).architecture()
 
 
 def test_create_names_a_missing_field():

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from mos_jax import InputError, Sampling, generate, load_base
-from mos_jax.models.huggingface import NAMES
+from mos_jax.models.huggingface import tensor_names
 from tests.models.fixtures_models import huggingface_config, in_file_order
 
 torch = pytest.importorskip("torch")
@@ -40,7 +40,7 @@ def reference(base):
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields))
     weights = {"embed": base.model.embed[...], "final_norm": base.model.final_norm[...]}
     weights |= {f"blocks/{n}": v[...] for n, v in base.model.blocks.items()}
-    tensors = in_file_order(base.config, weights, NAMES)
+    tensors = in_file_order(base.config, weights, tensor_names(base.config))
     state = {name: torch.from_numpy(array.copy()) for name, array in tensors.items()}
     missing, extra = model.load_state_dict(state, strict=False)
     assert set(missing) <= {"lm_head.weight"}

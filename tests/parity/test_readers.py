@@ -66,7 +66,8 @@ def load(path, **options):
 
 def assert_same_weights(ours, model, config):
     theirs = model.state_dict()
-    for name, value in in_file_order(config, ours, huggingface.NAMES).items():
+    names = huggingface.tensor_names(config)
+    for name, value in in_file_order(config, ours, names).items():
         assert np.array_equal(theirs[name].numpy(), value), name
 
 
