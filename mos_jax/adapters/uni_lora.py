@@ -12,7 +12,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -31,9 +32,13 @@ from mos_jax.adapters.low_rank import LowRank
 from mos_jax.adapters.routing import raw_words
 from mos_jax.adapters.sites import Sites, check_sites
 from mos_jax.adapters.strictness import strict
-from mos_jax.errors import InputError
+from mos_jax.errors import InputError, suggest
 
 THETA_BOUND = 0.02
+UsedMore = Literal["first", "drawn"]
+USED_MORE: tuple[UsedMore, ...] = ("first", "drawn")
+# How far a stored scale may be from the root of a count: one that was rounded to bf16 is 2^-9 off.
+SCALE_TOLERANCE = 2**-8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +51,9 @@ class UniLoRAConfig(AdapterConfig):
       rank: r, rank vectors of every site. It costs no parameters, only a longer index: one
         integer for each of the N entries.
       routing_seed: seeds the index through NumPy.
+      used_more: which N % D entries of theta are used once more than the others. "first" ones, or
+        "drawn" ones as in the authors' code and PEFT's, for which the scale of every entry is
+        stored. Before training the entries are alike, so that this only renames them.
     """
 
     method: ClassVar[str] = "uni_lora"
@@ -54,12 +62,18 @@ class UniLoRAConfig(AdapterConfig):
     theta_length: int = 524_288
     rank: int = 4
     routing_seed: int = 0
+    used_more: UsedMore = "first"
 
     def __post_init__(self) -> None:
         """Checks the fields. Raises InputError."""
         require_integer("uni_lora", "theta_length", self.theta_length, 1)
         require_integer("uni_lora", "rank", self.rank, 1)
         require_integer("uni_lora", "routing_seed", self.routing_seed, 0)
+        if self.used_more not in USED_MORE:
+            raise InputError(
+                f"uni_lora: unknown used_more {self.used_more!r}; "
+                f"{suggest(str(self.used_more), USED_MORE)}"
+            )
 
     def count_entries(self, sites: Sites) -> int:
         """N, entries of all factors.
@@ -93,24 +107,31 @@ def index_shapes(sites: Sites, rank: int) -> dict[str, tuple[int, int, int]]:
 
 
 def draw_index(
-    shapes: dict[str, tuple[int, int, int]], theta_length: int, seed: int
+    shapes: dict[str, tuple[int, int, int]],
+    theta_length: int,
+    seed: int,
+    used_more: UsedMore = "first",
 ) -> dict[str, np.ndarray]:
     """Draws which entry of theta stands at every place of every factor.
 
     All places of the model in a random order, counted off by D. So every entry is used N // D
-    times, and the first N % D entries once more. (The authors draw which ones are used once more;
-    the entries of theta are alike before training, so that this only renames them.)
+    times, and the first N % D entries once more; or, where those are to be drawn, the first ones of
+    a random order of the entries.
 
     Args:
       shapes: of the parts; see `index_shapes`.
       theta_length: D.
       seed: the routing seed.
+      used_more: see `UniLoRAConfig`.
 
     Returns:
       int32 arrays of these shapes.
     """
     sizes = [math.prod(shape) for shape in shapes.values()]
     flat = (_random_order(sum(sizes), seed) % theta_length).astype(np.int32)
+    if used_more == "drawn":
+        words = raw_words(theta_length, seed, "uni_lora/used_more")
+        flat = np.argsort(words, kind="stable").astype(np.int32)[flat]
     pieces = np.split(flat, np.cumsum(sizes)[:-1])
     return {
         name: piece.reshape(shape)
@@ -129,6 +150,17 @@ def _random_order(count: int, seed: int) -> np.ndarray:
     return order
 
 
+def count_uses(tables: Mapping[str, np.ndarray], theta_length: int) -> np.ndarray:
+    """How often each entry of theta stands in the tables, int64 [D]."""
+    every = np.concatenate([table.ravel() for table in tables.values()])
+    return np.bincount(every, minlength=theta_length)
+
+
+def scales_of(uses: np.ndarray) -> np.ndarray:
+    """fp32 [D], one over the root of how often each entry is used, with PEFT's roundings."""
+    return np.float32(1) / np.sqrt(uses.astype(np.float32))
+
+
 class UniLoRA(Adapter):
     """One trained vector, and the index by site type; Uni-LoRA (arXiv 2506.00799).
 
@@ -138,6 +170,8 @@ class UniLoRA(Adapter):
       theta: nnx.Param fp32 [D], U(-0.02, 0.02); belongs to no site type.
       index_a: Frozen int32 [L, r, h].
       index_b: Frozen int32 [L, r, o].
+      scales: with `used_more="drawn"`, Frozen fp32 [D], what each entry of theta is multiplied by,
+        1 / sqrt(how often it is used); without, None.
     """
 
     config: UniLoRAConfig
@@ -151,12 +185,15 @@ class UniLoRA(Adapter):
             jax.random.uniform(theta_key, shape, jnp.float32, -THETA_BOUND, THETA_BOUND)
         )
         shapes = index_shapes(sites, config.rank)
-        index = draw_index(shapes, config.theta_length, config.routing_seed)
+        index = draw_index(shapes, config.theta_length, config.routing_seed, config.used_more)
         self.index_a: nnx.Dict = nnx.Dict()
         self.index_b: nnx.Dict = nnx.Dict()
         for name in self.sites:
             self.index_a[name] = Frozen(jnp.asarray(index[f"index_a/{name}"]))
             self.index_b[name] = Frozen(jnp.asarray(index[f"index_b/{name}"]))
+        drawn = config.used_more == "drawn"
+        uses = count_uses(index, config.theta_length)
+        self.scales = Frozen(jnp.asarray(scales_of(uses))) if drawn else None
 
     @strict
     def site_factors(self, name: str, layer: jax.Array | int | None = None) -> LowRank:
@@ -172,6 +209,8 @@ class UniLoRA(Adapter):
 
     def _normalised(self) -> jax.Array:
         """Theta over the square root of how often each entry is used: fp32 [D]."""
+        if self.scales is not None:
+            return self.theta[...] * self.scales[...]
         uses, more = divmod(self.config.count_entries(self.sites), self.config.theta_length)
         seldom, often = (np.float32(count**-0.5) for count in (uses, uses + 1))
         factor = jnp.where(jnp.arange(self.config.theta_length) < more, often, seldom)
@@ -196,10 +235,12 @@ class UniLoRA(Adapter):
                 )
             if table.min() < 0 or table.max() >= length:
                 raise InputError(f"{name}: an index lies outside 0..{length - 1}")
-        every = np.concatenate([table.ravel() for table in tables.values()])
-        used = np.bincount(every, minlength=length)
+        used = count_uses(tables, length)
         uses, more = divmod(self.config.count_entries(self.sites), length)
-        wanted = uses + (np.arange(length) < more)
+        if self.scales is None:
+            wanted = uses + (np.arange(length) < more)
+        else:
+            wanted = np.clip(used, uses, uses + 1)
         wrong = np.flatnonzero(used != wanted)
         if wrong.size:
             entry = wrong[0]
@@ -207,3 +248,12 @@ class UniLoRA(Adapter):
                 f"the index is not balanced: it uses entry {entry} of theta {used[entry]} times "
                 f"instead of {wanted[entry]}"
             )
+        if self.scales is not None:
+            scales = np.asarray(self.scales[...])
+            wrong = np.flatnonzero(~(np.abs(scales * np.sqrt(used) - 1) <= SCALE_TOLERANCE))
+            if wrong.size:
+                entry = wrong[0]
+                raise InputError(
+                    f"scales: entry {entry} of theta is used {used[entry]} times, so that its "
+                    f"scale is 1 / sqrt({used[entry]}), got {scales[entry]}"
+                )

@@ -1,7 +1,7 @@
 """VeRA, vector-based random matrix adaptation (Kopiczko et al., ICLR 2024, arXiv 2310.11454).
 
-A and B are random, frozen and shared by all blocks of a site type; a block trains one number for
-each rank vector and one for each output.
+A and B are random, frozen and shared by all blocks of a site type, or of the whole model; a block
+trains one number for each rank vector and one for each output.
 
 Axis legend: L blocks, r rank, h = d_in, o = d_out.
 """
@@ -9,7 +9,7 @@ Axis legend: L blocks, r rank, h = d_in, o = d_out.
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,12 @@ from mos_jax.adapters.adapter import (
 from mos_jax.adapters.low_rank import LowRank
 from mos_jax.adapters.sites import Sites
 from mos_jax.adapters.strictness import strict
-from mos_jax.errors import InputError
+from mos_jax.errors import InputError, suggest
+
+Projections = Literal["site_type", "shared"]
+PROJECTIONS: tuple[Projections, ...] = ("site_type", "shared")
+# Under which the one pair of projections="shared" stands.
+SHARED = "shared"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +47,10 @@ class VeRAConfig(AdapterConfig):
         gradient would reach either.
       projection_seed: seeds the frozen A and B, so that all adapters of one configuration share
         them; below 2^32.
+      projections: whose the frozen A and B are. "site_type": every type has a pair of its own
+        widths. "shared", as in PEFT: one pair for the whole model, A as wide as the widest input
+        and B as the widest output, of which a narrower site has the first columns. What trains is
+        the same.
     """
 
     method: ClassVar[str] = "vera"
@@ -49,6 +58,7 @@ class VeRAConfig(AdapterConfig):
     rank: int = 256
     d_initial: float = 0.1
     projection_seed: int = 0
+    projections: Projections = "site_type"
 
     def __post_init__(self) -> None:
         """Checks the fields. Raises InputError."""
@@ -60,6 +70,11 @@ class VeRAConfig(AdapterConfig):
         if self.projection_seed >= 2**32:
             raise InputError(
                 f"vera: projection_seed must be below 2^32, got {self.projection_seed}"
+            )
+        if self.projections not in PROJECTIONS:
+            raise InputError(
+                f"vera: unknown projections {self.projections!r}; "
+                f"{suggest(str(self.projections), PROJECTIONS)}"
             )
 
     def build(self, sites: Sites, key: jax.Array) -> VeRA:
@@ -95,7 +110,8 @@ def _draw(key: jax.Array, shape: tuple[int, int], fan_in: int) -> Frozen:
 class VeRA(Adapter):
     """Frozen projections and trained scalings by site type; VeRA (arXiv 2310.11454).
 
-    The projections are drawn as PEFT draws them, Kaiming-uniform with the gain of a ReLU.
+    The projections are drawn as PEFT draws them, Kaiming-uniform with the gain of a ReLU. With
+    `projections="shared"` there is one entry, "shared", of the largest h and o.
 
     Attributes:
       projection_a: Frozen fp32 [r, h], U(-sqrt(6 / h), sqrt(6 / h)).
@@ -114,18 +130,26 @@ class VeRA(Adapter):
         self.projection_b: nnx.Dict = nnx.Dict()
         self.d: nnx.Dict = nnx.Dict()
         self.b: nnx.Dict = nnx.Dict()
+        widths = {name: (site.d_in, site.d_out) for name, site in self.sites.items()}
+        if config.projections == "shared":
+            pairs = {SHARED: tuple(map(max, zip(*widths.values(), strict=True)))}
+        else:
+            pairs = widths
+        for name, (d_in, d_out) in pairs.items():
+            self.projection_a[name] = _draw(site_key(seed, name, "a"), (r, d_in), d_in)
+            self.projection_b[name] = _draw(site_key(seed, name, "b"), (r, d_out), r)
         for name, site in self.sites.items():
-            self.projection_a[name] = _draw(site_key(seed, name, "a"), (r, site.d_in), site.d_in)
-            self.projection_b[name] = _draw(site_key(seed, name, "b"), (r, site.d_out), r)
             self.d[name] = nnx.Param(jnp.full((site.num_layers, r), config.d_initial, jnp.float32))
             self.b[name] = nnx.Param(jnp.zeros((site.num_layers, site.d_out), jnp.float32))
 
     def site_factors(self, name: str, layer: jax.Array | int | None = None) -> LowRank:
         """See base class."""
-        index, scale, layers = choose_blocks(self.sites[name], layer, 1.0)
+        site = self.sites[name]
+        index, scale, layers = choose_blocks(site, layer, 1.0)
+        pair = SHARED if self.config.projections == "shared" else name
         a, b = scale_pair(
-            self.projection_a[name][...],
-            self.projection_b[name][...],
+            self.projection_a[pair][:, : site.d_in],
+            self.projection_b[pair][:, : site.d_out],
             self.d[name][index],
             self.b[name][index],
         )

@@ -56,19 +56,21 @@ CONFIGS = {
     "share-a": ShareLoRAConfig(rank=2, shared="a"),
     "share-b": ShareLoRAConfig(rank=2, shared="b"),
     "vera": VeRAConfig(rank=5),
+    "vera-shared": VeRAConfig(rank=5, projections="shared"),
     "tied": TiedLoRAConfig(rank=2),
     "tied-qkv": TiedLoRAConfig(rank=3, tie_qkv=True),
     "rasa": RaSAConfig(rank=3, shared_rank=2),
     "rasa-all-shared": RaSAConfig(rank=1, shared_rank=1),
     "uni-lora": UniLoRAConfig(theta_length=31, rank=3),
+    "uni-lora-drawn": UniLoRAConfig(theta_length=31, rank=3, used_more="drawn"),
     "vb-lora": VBLoRAConfig(rank=2, num_vectors=5, vector_length=4),
 }
 # Whose trained arrays start as constants, whatever the key.
-STARTS_ALIKE = {"vera"}
+STARTS_ALIKE = {"vera", "vera-shared"}
 # Where XLA rounds the last bit otherwise when it fuses the initialisation.
 ROUNDED_BY_FUSION = {"vb-lora"}
 # Whose factors are not 0 at first, since A and B are read from the same trained array.
-NOT_THE_BASE_AT_FIRST = {"uni-lora", "vb-lora"}
+NOT_THE_BASE_AT_FIRST = {"uni-lora", "uni-lora-drawn", "vb-lora"}
 TREE_MODE = {"NNX_GRAPH_MODE": "false", "NNX_GRAPH_UPDATES": "false"}
 INSIDE = "MOS_JAX_CONTRACT_IN_TREE_MODE"
 

@@ -158,12 +158,76 @@ def test_an_index_that_does_not_fit_is_refused(change, message, tmp_path):
         ({"theta_length": 0}, "theta_length must be an integer >= 1, got 0"),
         ({"rank": True}, "rank must be an integer >= 1, got True"),
         ({"routing_seed": -1}, "routing_seed must be an integer >= 0, got -1"),
+        ({"used_more": "last"}, "unknown used_more 'last'; .*Known: drawn, first"),
         ({"theta": 4}, "unknown field 'theta'; did you mean 'theta_length'"),
     ],
 )
 def test_a_configuration_that_cannot_be_used_says_why(fields, message):
     with pytest.raises(InputError, match=f"uni_lora: {message}"):
         make_config("uni_lora", fields)
+
+
+DRAWN = dataclasses.replace(CONFIG, used_more="drawn")
+
+
+class TestDrawn:
+    """Entries that are used once more, drawn as in the authors' code."""
+
+    @pytest.mark.parametrize("length", [1, 36, 48, 191, 192])
+    def test_the_index_is_that_of_first_with_the_entries_renamed(self, length):
+        first, drawn = (
+            build(dataclasses.replace(config, theta_length=length)) for config in (CONFIG, DRAWN)
+        )
+        names = {}
+        for path, table in drawn.tables().items():
+            for old, new in zip(first.tables()[path].ravel(), table.ravel(), strict=True):
+                assert names.setdefault(old, new) == new
+        assert sorted(names.values()) == list(range(length))
+        if length > 1:
+            assert [names[k] for k in range(length)] != list(range(length))
+        drawn.check()
+
+    def test_the_factors_are_those_of_a_plain_loop(self):
+        adapter = randomised(build(DRAWN))
+        theta, tables = trained_arrays(adapter)["theta"], adapter.tables()
+        used = np.bincount(np.concatenate([table.ravel() for table in tables.values()]))
+        assert np.any(np.diff(used) > 0)
+        for name in SITES:
+            factors = adapter.site_factors(name)
+            for part in "ab":
+                table = tables[f"index_{part}/{name}"]
+                want = (theta / np.sqrt(used))[table]
+                np.testing.assert_allclose(getattr(factors, part), want, rtol=1e-6, atol=0.0)
+
+    def test_the_counts_are_the_same_and_scales_are_stored_but_neither_trained_nor_served(self):
+        first, drawn = build().summary(), build(DRAWN).summary()
+        assert drawn["trained_parameters"] == first["trained_parameters"] == 36
+        assert drawn["served_bytes"] == first["served_bytes"]
+        assert drawn["stored_bytes"] == first["stored_bytes"] + 4 * 36
+
+    def test_the_index_is_the_one_that_was_always_drawn(self):
+        assert checksum(build(DRAWN).tables()) == (
+            "6cd7d25498f6cf80aced7a01457e4432566432ca5c7133fb4121361e01fe3d68"
+        )
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda scales: 2 * scales, r"scale is 1 / sqrt\(\d\), got"),
+            (lambda scales: scales.at[3].set(np.nan), "entry 3 of theta is used"),
+        ],
+    )
+    def test_scales_that_do_not_fit_are_refused(self, change, message):
+        adapter = build(DRAWN)
+        adapter.scales = Frozen(change(adapter.scales[...]))
+        with pytest.raises(InputError, match=message):
+            adapter.check()
+
+    def test_an_index_that_is_not_balanced_is_refused(self):
+        adapter = build(DRAWN)
+        adapter.index_a["q_proj"] = Frozen(adapter.index_a["q_proj"][...].at[0, 0].set(7))
+        with pytest.raises(InputError, match="not balanced: it uses entry 7"):
+            adapter.check()
 
 
 def test_more_parameters_than_places_for_them_are_refused():

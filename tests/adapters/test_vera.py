@@ -86,6 +86,45 @@ def test_the_scale_is_1_and_projections_are_stored_but_not_served():
     assert summary["stored_bytes"] == 4 * (trained + frozen)
 
 
+UNLIKE = {"q_proj": SiteShape(3, 8, 12), "down_proj": SiteShape(3, 16, 4)}
+
+
+class TestShared:
+    """One pair for the whole model, sliced to each site's widths."""
+
+    def test_the_factors_are_those_of_a_plain_loop(self):
+        adapter = randomised(build(VeRAConfig(rank=5, projections="shared"), UNLIKE))
+        trained, frozen = trained_arrays(adapter), frozen_arrays(adapter)
+        a, b = frozen["projection_a/shared"], frozen["projection_b/shared"]
+        assert (a.shape, b.shape) == ((5, 16), (5, 12))
+        for name, site in UNLIKE.items():
+            factors = adapter.site_factors(name)
+            for k in range(3):
+                d, scales = trained[f"d/{name}"][k], trained[f"b/{name}"][k]
+                for j in range(5):
+                    np.testing.assert_array_equal(factors.a[k, j], d[j] * a[j, : site.d_in])
+                    np.testing.assert_array_equal(factors.b[k, j], scales * b[j, : site.d_out])
+
+    def test_what_trains_is_the_same_and_less_is_stored(self):
+        own, shared = (
+            build(VeRAConfig(rank=5, projections=projections), UNLIKE)
+            for projections in ("site_type", "shared")
+        )
+        assert shared.count_trained_by_site() == own.count_trained_by_site()
+        assert sum(shared.count_trained_by_site().values()) == 3 * (5 + 12) + 3 * (5 + 4)
+        assert shared.summary()["served_bytes"] == own.summary()["served_bytes"]
+        stored = 4 * (5 * (16 + 12) - 5 * (8 + 12) - 5 * (16 + 4))
+        assert shared.summary()["stored_bytes"] == own.summary()["stored_bytes"] + stored
+
+    def test_the_start_goes_with_the_largest_widths(self):
+        sites = {"q_proj": SiteShape(1, 64, 128), "down_proj": SiteShape(1, 256, 64)}
+        frozen = frozen_arrays(build(VeRAConfig(rank=64, projections="shared"), sites))
+        for name, fan_in in (("projection_a/shared", 256), ("projection_b/shared", 64)):
+            bound = (6 / fan_in) ** 0.5
+            deciles = np.quantile(frozen[name], np.linspace(0, 1, 11))
+            np.testing.assert_allclose(deciles, np.linspace(-bound, bound, 11), atol=0.05 * bound)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -94,6 +133,7 @@ def test_the_scale_is_1_and_projections_are_stored_but_not_served():
         ({"d_initial": float("inf")}, "d_initial must be a finite number, got inf"),
         ({"projection_seed": -1}, "projection_seed must be an integer >= 0, got -1"),
         ({"projection_seed": 2**32}, r"projection_seed must be below 2\^32, got 4294967296"),
+        ({"projections": "own"}, "unknown projections 'own'; .*Known: shared, site_type"),
         ({"alpha": 16}, "unknown field 'alpha'"),
     ],
 )
