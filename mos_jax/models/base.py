@@ -63,12 +63,7 @@ class Base:
         """
         digest = hashlib.sha256()
         digest.update(json.dumps(self.config.architecture(), sort_keys=True).encode())
-        weights = {"embed": self.model.embed, "final_norm": self.model.final_norm}
-        weights |= {f"blocks/{name}": array for name, array in self.model.blocks.items()}
-        if self.model.head is not None:
-            weights["head"] = self.model.head
-        for name in sorted(weights):
-            array = weights[name][...]
+        for name, array in sorted(self.model.weights.items()):
             stride = max(1, array.size // FINGERPRINT_SAMPLE)
             sample = np.asarray(array.reshape(-1)[::stride]).astype(ml_dtypes.bfloat16)
             digest.update(name.encode() + sample.tobytes())

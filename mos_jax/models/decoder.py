@@ -78,6 +78,13 @@ class Decoder(nnx.Module):
         self.head = None if config.tied_embeddings else Frozen(weights["head"])
 
     @property
+    def weights(self) -> dict[str, Any]:
+        """All weights by name, as `Decoder` takes them."""
+        named = {f"blocks/{name}": variable[...] for name, variable in self.blocks.items()}
+        named |= {"embed": self.embed[...], "final_norm": self.final_norm[...]}
+        return named if self.head is None else named | {"head": self.head[...]}
+
+    @property
     def sites(self) -> dict[str, SiteShape]:
         """All sites that an adapter may change."""
         return {name: SiteShape(*shape) for name, shape in self.config.site_shapes().items()}

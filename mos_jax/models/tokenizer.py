@@ -44,6 +44,8 @@ class Tokenizer:
         pad: Id to fill with; may be the same as `end_of_turn`, so mask by position, not by id.
         bos: Id that the files name as the beginning of a text, or None. `encode` does not add it.
         has_chat_template: Whether `render` can be called.
+        chat_template: Source of the template that `render` fills, or None.
+        folder: The Hugging Face folder that it was read from, or None.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Tokenizer:
         bos: int | None,
         chat_template: str | None,
         identity: bytes,
+        folder: Path | None = None,
     ):
         """Takes over `backend`; `identity` is what determines its behaviour, for `fingerprint`."""
         self._backend = backend
@@ -63,6 +66,7 @@ class Tokenizer:
         self.pad = self.end_of_turn if pad is None else self._checked("pad", pad)
         self.bos = None if bos is None else self._checked("bos", bos)
         self.has_chat_template = chat_template is not None
+        self.chat_template, self.folder = chat_template, folder
         self._template = None if chat_template is None else _compile(chat_template)
         ids = json.dumps([self.end_of_turn, self.pad, self.bos, chat_template])
         self._fingerprint = hashlib.sha256(identity + ids.encode()).hexdigest()
@@ -197,6 +201,7 @@ class Tokenizer:
             bos=special("bos_token"),
             chat_template=_folder_template(folder, config),
             identity=content,
+            folder=folder,
         )
 
     @classmethod
@@ -219,6 +224,14 @@ class Tokenizer:
             chat_template=CHATML,
             identity=b"byte level, 3 special tokens",
         )
+
+    def to_json(self) -> str:
+        """Returns the content of a tokenizer.json that encodes and decodes as this does."""
+        return str(self._backend.to_str(pretty=True))
+
+    def token(self, index: int) -> str:
+        """Returns the text of the token `index`, as the vocabulary has it."""
+        return str(self._backend.id_to_token(index))
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of `text`.

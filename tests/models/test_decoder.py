@@ -11,6 +11,7 @@ from mos_jax.adapters.low_rank import LowRank
 from mos_jax.models.decoder import REMAT_POLICIES, Decoder
 from mos_jax.models.known import KNOWN_CONFIGS
 from mos_jax.models.projection import keep_fraction
+from mos_jax.models.tiny import tiny_config, tiny_weights
 from tests.models.fixtures_decoder import (
     MOS,
     filled_adapter,
@@ -293,3 +294,12 @@ def test_a_mos_step_needs_little_more_memory_than_the_frozen_base(step_costs):
 
 def test_a_mos_step_needs_little_more_memory_than_lora(step_costs):
     assert step_costs["mos"] <= 1.05 * step_costs["lora"]
+
+
+def test_the_weights_build_the_same_decoder():
+    config = dataclasses.replace(tiny_config(), tied_embeddings=False)
+    weights = {name: jnp.asarray(array) for name, array in tiny_weights(config).items()}
+    model = Decoder(config, weights)
+    assert set(model.weights) == set(config.weight_shapes())
+    for name, array in Decoder(config, model.weights).weights.items():
+        assert array is weights[name], name

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -249,3 +250,11 @@ def test_no_template(folder):
     assert not tokenizer.has_chat_template
     with pytest.raises(InputError, match="no chat template"):
         tokenizer.render(CHAT)
+
+
+def test_json_of_a_tokenizer_encodes_alike_and_a_folder_is_remembered(folder):
+    again = tokenizers.Tokenizer.from_str(BYTES.to_json())
+    text = "<|im_start|>user é\n<|im_end|>"
+    assert again.encode(text).ids == BYTES.encode(text)
+    assert (BYTES.token(258), BYTES.chat_template, BYTES.folder) == ("<|im_end|>", CHATML, None)
+    assert Tokenizer.from_folder(folder).folder == folder
