@@ -26,9 +26,9 @@ import transformers
 from experiments.bench.dense import dense_tokens
 from experiments.bench.job import planned_steps
 from experiments.bench.worker import Facts
+from mos_jax.adapters.sites import SITE_MODULES
 from mos_jax.data.load import load_data
 from mos_jax.data.tokens import TokenExample, tokenize_example
-from mos_jax.interop.peft_config import SITE_MODULES
 from mos_jax.models.base import Base, load_base
 from mos_jax.models.config import DecoderConfig
 from mos_jax.training.config import RunConfig

@@ -17,6 +17,11 @@ from mos_jax.errors import InputError, suggest
 
 SITE_TYPES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ALL_LINEAR = "all-linear"
+# Where a site type stands inside a block, as Hugging Face models of all families call it.
+SITE_MODULES = {
+    name: f"{'self_attn' if name in ('q_proj', 'k_proj', 'v_proj', 'o_proj') else 'mlp'}.{name}"
+    for name in SITE_TYPES
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +40,18 @@ class SiteShape:
     d_out: int
     layers: tuple[int, ...] | None = None
 
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Indices of the adapted blocks in the model, ascending."""
+        return tuple(range(self.num_layers)) if self.layers is None else self.layers
+
 
 Sites = Mapping[str, SiteShape]
+
+
+def module_name(name: str, block: int) -> str:
+    """The module of a site: ("q_proj", 3) -> "model.layers.3.self_attn.q_proj"."""
+    return f"model.layers.{block}.{SITE_MODULES.get(name, name)}"
 
 
 def check_sites(sites: Sites) -> dict[str, SiteShape]:

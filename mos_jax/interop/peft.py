@@ -129,7 +129,7 @@ def read_peft_factors(
     if folder.suffix == ".bin" and not folder.is_dir():
         raise InputError(_pickle_message(folder))
     config = PeftConfig.read(folder)
-    blocks = {name: _blocks(site) for name, site in sites.items()}
+    blocks = {name: site.blocks for name, site in sites.items()}
     chosen = config.targets([(name, layer) for name in sites for layer in blocks[name]])
     arrays = _read_arrays(folder)
     _check_names(folder, arrays, {tensor_name(site, part) for site in chosen for part in "AB"})
@@ -155,10 +155,6 @@ def read_peft_factors(
 def _check_site_type(name: str) -> None:
     if name not in SITE_TYPES:
         raise InputError(f"unknown site type {name!r}; {suggest(name, SITE_TYPES)}")
-
-
-def _blocks(site: SiteShape) -> tuple[int, ...]:
-    return tuple(range(site.num_layers)) if site.layers is None else site.layers
 
 
 def _checked(

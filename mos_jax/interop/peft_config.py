@@ -17,15 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from mos_jax.adapters.sites import SITE_TYPES
+from mos_jax.adapters.sites import module_name
 from mos_jax.errors import InputError, suggest
 
 CONFIG_FILE = "adapter_config.json"
 PICKLE_FILE = "adapter_model.bin"
-SITE_MODULES = {
-    name: f"{'self_attn' if name in ('q_proj', 'k_proj', 'v_proj', 'o_proj') else 'mlp'}.{name}"
-    for name in SITE_TYPES
-}
 
 Site = tuple[str, int]
 Number = int | float
@@ -47,19 +43,14 @@ _READ = frozenset(
 _INITIALISATIONS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
-def module_name(site: Site) -> str:
-    """The module of a site: ("q_proj", 3) -> "model.layers.3.self_attn.q_proj"."""
-    return f"model.layers.{site[1]}.{SITE_MODULES[site[0]]}"
-
-
 def _short_name(site: Site) -> str:
     """The module as patterns and targets name it; PEFT looks at the end of a name only."""
-    return module_name(site).removeprefix("model.")
+    return module_name(*site).removeprefix("model.")
 
 
 def tensor_name(site: Site, part: str) -> str:
     """Name of a site's tensor in the file of weights; `part` is "A" or "B"."""
-    return f"base_model.model.{module_name(site)}.lora_{part}.weight"
+    return f"base_model.model.{module_name(*site)}.lora_{part}.weight"
 
 
 def find_alpha(scale: float | np.floating, rank: int) -> Number:
@@ -181,7 +172,7 @@ class PeftConfig:
         sites = list(sites)
         wanted = self.raw["target_modules"]
         if isinstance(wanted, list):
-            modules = [module_name(site) for site in sites]
+            modules = [module_name(*site) for site in sites]
             for target in wanted:
                 if not any(_ends_with(module, target) for module in modules):
                     known = dict.fromkeys(name for name, _ in sites)
@@ -189,7 +180,7 @@ class PeftConfig:
                         f"{self.file}: target_modules has {target!r}, which is none of the sites; "
                         f"{suggest(target, known)}"
                     )
-        chosen = [site for site in sites if self._changes(module_name(site))]
+        chosen = [site for site in sites if self._changes(module_name(*site))]
         if not chosen:
             raise InputError(
                 f"{self.file}: target_modules = {wanted!r} with layers_to_transform = "
@@ -208,7 +199,7 @@ class PeftConfig:
         return np.float32(alpha / (math.sqrt(rank) if self.raw.get("use_rslora") else rank))
 
     def _look_up(self, pattern: str, default: str, site: Site) -> Any:
-        module = module_name(site)
+        module = module_name(*site)
         for key, value in (self.raw.get(pattern) or {}).items():
             if self._compile(rf"(.*\.)?({key})$", pattern).match(module):
                 return value

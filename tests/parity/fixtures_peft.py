@@ -13,8 +13,8 @@ import pytest
 
 from mos_jax.adapters.adapter import Adapter
 from mos_jax.adapters.low_rank import LowRank
+from mos_jax.adapters.sites import SITE_MODULES
 from mos_jax.adapters.storage import adapter_arrays, with_arrays
-from mos_jax.interop.peft_config import SITE_MODULES
 from mos_jax.models.config import DecoderConfig
 from mos_jax.models.decoder import Decoder
 
