@@ -17,7 +17,8 @@ from mos_jax.data.config import DataConfig
 from mos_jax.data.load import Data, load_data
 from mos_jax.errors import InputError
 from mos_jax.interop.check import largest_logit_difference
-from mos_jax.interop.peft import ARRAYS_FILE, export_peft, read_peft_factors
+from mos_jax.interop.peft import export_peft, read_peft_factors
+from mos_jax.interop.peft_folder import ARRAYS_FILE
 from mos_jax.models.base import Base, load_base
 from mos_jax.models.projection import Factors
 

@@ -9,34 +9,30 @@ Axis legend: L adapted blocks, r rank, h = d_in, o = d_out.
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save as format_safetensors
 
 from mos_jax.adapters.low_rank import LowRank
 from mos_jax.adapters.sites import SITE_TYPES, SiteShape, check_sites
 from mos_jax.errors import InputError, suggest
-from mos_jax.files import fresh_folder, write_file
-from mos_jax.interop.peft_config import (
-    CONFIG_FILE,
-    PICKLE_FILE,
-    Number,
-    PeftConfig,
-    Site,
-    find_alpha,
-    make_config,
-    tensor_name,
+from mos_jax.interop.peft_card import write_card
+from mos_jax.interop.peft_config import Number, Site, find_alpha, make_config, tensor_name
+from mos_jax.interop.peft_fields import PeftConfig
+from mos_jax.interop.peft_folder import (
+    check_destination,
+    check_names,
+    pickle_message,
+    read_arrays,
+    take,
+    write_folder,
 )
-
-ARRAYS_FILE = "adapter_model.safetensors"
-README_FILE = "README.md"
+from mos_jax.interop.vllm import SiteFactors, pad_to_rank
 
 
 def export_peft(
@@ -47,6 +43,9 @@ def export_peft(
     num_layers: int,
     card: Mapping[str, Any] | None = None,
     overwrite: bool = False,
+    ranks: Mapping[str, Sequence[int]] | None = None,
+    pad_rank: int | None = None,
+    allow_rounding: bool = False,
 ) -> Path:
     """Writes factors as a LoRA folder that `peft.PeftModel.from_pretrained` loads.
 
@@ -63,6 +62,12 @@ def export_peft(
       num_layers: blocks of the base.
       card: how the adapter was trained, JSON values by name, for the README.
       overwrite: replace an earlier PEFT adapter at `path`, with all that is in its folder.
+      ranks: by site type, the rank of each of its L blocks where that is below r; the rows beyond
+        it, which must change nothing, are left out. None: r everywhere.
+      pad_rank: one rank and one alpha for all sites, for servers that know no patterns (vLLM): rows
+        of zeros are added, and each site's own scale goes into its B. One of `VLLM_RANKS`.
+      allow_rounding: with `pad_rank`, also where a scale is no power of two times the common one,
+        so that it cannot go into B without rounding its entries (by at most 6e-8 of each).
 
     Returns:
       The folder, with adapter_config.json, adapter_model.safetensors and README.md.
@@ -70,37 +75,58 @@ def export_peft(
     Raises:
       InputError: for no factors, an unknown site type, rank 0, shapes or blocks that disagree,
         values that are not finite, a card that is not JSON; if the folder holds something and
-        `overwrite` is not set, or what it holds is not a PEFT adapter.
+        `overwrite` is not set, or what it holds is not a PEFT adapter; for ranks that cut off what
+        changes something; for a `pad_rank` that is not known, too small, or that would round.
     """
     path = Path(path)
-    if not isinstance(base_name, str) or not base_name:
-        raise InputError(f"base_name must be the name of a model, got {base_name!r}")
-    if not isinstance(num_layers, int) or isinstance(num_layers, bool) or num_layers < 1:
-        raise InputError(f"num_layers must be an integer >= 1, got {num_layers!r}")
-    _check_destination(path, overwrite)
+    check_target(path, base_name, num_layers, overwrite)
     if not isinstance(factors, Mapping) or not factors:
         raise InputError(
             "factors must be a mapping from site type to LowRank with at least one entry "
             f"(adapter.factors()), got {factors!r}"
         )
-    arrays: dict[str, np.ndarray] = {}
-    ranks: dict[Site, int] = {}
-    alphas: dict[Site, Number] = {}
+    sites: dict[Site, SiteFactors] = {}
     for name, low_rank in factors.items():
         a, b, scale, layers = _checked(name, low_rank, num_layers)
+        own = _own_ranks(name, ranks, a, b)
         for position, layer in enumerate(layers):
-            site = (name, layer)
-            ranks[site] = a.shape[1]
-            alphas[site] = find_alpha(scale[position], a.shape[1])
-            arrays[tensor_name(site, "A")] = np.ascontiguousarray(a[position])
-            arrays[tensor_name(site, "B")] = np.ascontiguousarray(b[position].T)
-    config = make_config(ranks, alphas, base_name, num_layers)
-    readme = _readme(base_name, ranks, alphas, sum(x.size for x in arrays.values()), card)
-    config_text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    with fresh_folder(path) as fresh:
-        write_file(fresh / ARRAYS_FILE, format_safetensors(arrays, metadata={"format": "pt"}))
-        write_file(fresh / CONFIG_FILE, config_text.encode())
-        write_file(fresh / README_FILE, readme.encode())
+            rank = own[position]
+            sites[name, layer] = SiteFactors(
+                a[position, :rank], b[position, :rank], np.float32(scale[position])
+            )
+    notes = [
+        "The low-rank factors of an adapter that mos_jax exported, as they stand: they were not "
+        "approximated.",
+    ]
+    if pad_rank is not None:
+        sites, rounded = pad_to_rank(sites, pad_rank, allow_rounding)
+        notes.append(
+            f"Rows of zeros bring every site to rank {pad_rank}, and the sites' own scales are in B"
+            + (", which that rounded by at most 6e-8 of each entry." if rounded else ", exactly.")
+        )
+    arrays: dict[str, np.ndarray] = {}
+    site_ranks: dict[Site, int] = {}
+    alphas: dict[Site, Number] = {}
+    for site, one in sites.items():
+        site_ranks[site] = len(one.a)
+        alphas[site] = find_alpha(one.scale, len(one.a))
+        arrays[tensor_name(site, "A")] = np.ascontiguousarray(one.a)
+        arrays[tensor_name(site, "B")] = np.ascontiguousarray(one.b.T)
+    config = make_config(site_ranks, alphas, base_name, num_layers)
+    notes += [
+        f"Each site has matrices of its own here, {sum(x.size for x in arrays.values())} numbers "
+        "together; a method that shares parameters between sites trained fewer.",
+        "The scale of a site is alpha / rank.",
+    ]
+    readme = write_card(
+        base_name,
+        "lora",
+        ["LoRA adapter", *notes],
+        ["rank", "alpha"],
+        {site: (site_ranks[site], alphas[site]) for site in sites},
+        card,
+    )
+    write_folder(path, config, arrays, readme)
     return path
 
 
@@ -124,37 +150,94 @@ def read_peft_factors(
         name; for targets that are none of the sites; for missing, extra or misshapen tensors.
     """
     folder = Path(path)
-    for name in check_sites(sites):
-        _check_site_type(name)
-    if folder.suffix == ".bin" and not folder.is_dir():
-        raise InputError(_pickle_message(folder))
-    config = PeftConfig.read(folder)
-    blocks = {name: site.blocks for name, site in sites.items()}
-    chosen = config.targets([(name, layer) for name in sites for layer in blocks[name]])
-    arrays = _read_arrays(folder)
-    _check_names(folder, arrays, {tensor_name(site, part) for site in chosen for part in "AB"})
+    config = read_config(folder, sites)
+    if config.kind != "LORA":
+        raise InputError(
+            f"{config.file}: peft_type = {config.kind!r} is not supported here, only 'LORA' is; "
+            "import_peft reads it"
+        )
+    adapted = adapted_sites(config, sites)
+    arrays = read_arrays(folder)
+    chosen = [(name, layer) for name, site in adapted.items() for layer in site.blocks]
+    check_names(folder, arrays, (tensor_name(site, part) for site in chosen for part in "AB"))
     factors = {}
-    for name in dict.fromkeys(name for name, _ in chosen):
-        own, shape = [site for site in chosen if site[0] == name], sites[name]
+    for name, shape in adapted.items():
+        own = [(name, layer) for layer in shape.blocks]
         rank = max(map(config.rank, own))
         a = np.zeros((len(own), rank, shape.d_in), np.float32)
         b = np.zeros((len(own), rank, shape.d_out), np.float32)
         for position, site in enumerate(own):
             r = config.rank(site)
-            a[position, :r] = _take(arrays, tensor_name(site, "A"), (r, shape.d_in))
-            b[position, :r] = _take(arrays, tensor_name(site, "B"), (shape.d_out, r)).T
+            a[position, :r] = take(arrays, tensor_name(site, "A"), (r, shape.d_in))
+            b[position, :r] = take(arrays, tensor_name(site, "B"), (shape.d_out, r)).T
         scale = np.array([config.scale(site) for site in own], np.float32)
-        layers = tuple(layer for _, layer in own)
-        whole = shape.layers is None and len(own) == shape.num_layers
-        factors[name] = LowRank(
-            jnp.asarray(a), jnp.asarray(b), jnp.asarray(scale), None if whole else layers
-        )
+        factors[name] = LowRank(jnp.asarray(a), jnp.asarray(b), jnp.asarray(scale), shape.layers)
     return factors
+
+
+def read_config(folder: Path, sites: Mapping[str, SiteShape]) -> PeftConfig:
+    """The checked configuration of a folder that is to be read onto `sites`.
+
+    Raises:
+      InputError: for sites that no model has, a pickle, or whatever `PeftConfig` refuses.
+    """
+    for name in check_sites(sites):
+        _check_site_type(name)
+    if folder.suffix == ".bin" and not folder.is_dir():
+        raise InputError(pickle_message(folder))
+    return PeftConfig.read(folder)
+
+
+def adapted_sites(config: PeftConfig, sites: Mapping[str, SiteShape]) -> dict[str, SiteShape]:
+    """Those of `sites`, all of the base, that the file adapts, with their blocks.
+
+    Raises:
+      InputError: for targets that are none of the sites.
+    """
+    every = [(name, layer) for name, site in sites.items() for layer in site.blocks]
+    chosen = config.targets(every)
+    adapted = {}
+    for name in dict.fromkeys(name for name, _ in chosen):
+        own, shape = tuple(layer for n, layer in chosen if n == name), sites[name]
+        whole = shape.layers is None and len(own) == shape.num_layers
+        adapted[name] = dataclasses.replace(
+            shape, num_layers=len(own), layers=None if whole else own
+        )
+    return adapted
+
+
+def check_target(path: Path, base_name: str, num_layers: int, overwrite: bool) -> None:
+    """Checks what every export is told. Raises InputError."""
+    if not isinstance(base_name, str) or not base_name:
+        raise InputError(f"base_name must be the name of a model, got {base_name!r}")
+    if not isinstance(num_layers, int) or isinstance(num_layers, bool) or num_layers < 1:
+        raise InputError(f"num_layers must be an integer >= 1, got {num_layers!r}")
+    check_destination(path, overwrite)
 
 
 def _check_site_type(name: str) -> None:
     if name not in SITE_TYPES:
         raise InputError(f"unknown site type {name!r}; {suggest(name, SITE_TYPES)}")
+
+
+def _own_ranks(
+    name: str, ranks: Mapping[str, Sequence[int]] | None, a: np.ndarray, b: np.ndarray
+) -> list[int]:
+    """The rank of each block of a site type."""
+    count, largest = a.shape[:2]
+    own = [largest] * count if ranks is None or name not in ranks else list(ranks[name])
+    if len(own) != count or not all(1 <= rank <= largest for rank in own):
+        raise InputError(
+            f"ranks of {name!r} must be {count} integers from 1 to {largest}, got {own}"
+        )
+    for position, rank in enumerate(own):
+        beyond = np.any(a[position, rank:], axis=1) & np.any(b[position, rank:], axis=1)
+        if np.any(beyond):
+            raise InputError(
+                f"ranks of {name!r}: entry {position} has rank {rank}, but row "
+                f"{rank + int(np.argmax(beyond))} of its factors is not zero"
+            )
+    return own
 
 
 def _checked(
@@ -191,142 +274,3 @@ def _checked(
             f"{'(all)' if low_rank.layers is None else list(layers)} of a base of {num_layers}"
         )
     return a, b, scale, layers
-
-
-def _check_destination(path: Path, overwrite: bool) -> None:
-    if path.exists() and not path.is_dir():
-        raise InputError(f"{path} is a file; give a folder")
-    if not path.exists() or not any(path.iterdir()):
-        return
-    if not overwrite:
-        raise InputError(f"{path} is not empty; set overwrite=True or choose another folder")
-    if not (path / CONFIG_FILE).is_file():
-        # Replacing removes the whole folder, which may be anything.
-        raise InputError(
-            f"{path} is not empty and not a PEFT adapter (no {CONFIG_FILE}), so it is not "
-            "overwritten; choose another folder"
-        )
-
-
-def _readme(
-    base_name: str,
-    ranks: Mapping[Site, int],
-    alphas: Mapping[Site, Number],
-    count: int,
-    card: Mapping[str, Any] | None,
-) -> str:
-    rows = []
-    for name in dict.fromkeys(name for name, _ in ranks):
-        own = [site for site in ranks if site[0] == name]
-        columns = (
-            [layer for _, layer in own],
-            sorted({ranks[site] for site in own}),
-            sorted({alphas[site] for site in own}),
-        )
-        cells = (", ".join(map(str, column)) for column in columns)
-        rows.append(f"| {name} | {' | '.join(cells)} |")
-    lines = [
-        "---",
-        f"base_model: {json.dumps(base_name)}",
-        "library_name: peft",
-        "pipeline_tag: text-generation",
-        "tags:",
-        f"- {json.dumps('base_model:adapter:' + base_name)}",
-        "- lora",
-        "- mos_jax",
-        "---",
-        "",
-        "# LoRA adapter",
-        "",
-        "The low-rank factors of an adapter that was trained with mos_jax, as they stand: they were"
-        " not approximated.",
-        f"Each site has matrices of its own here, {count} numbers together; a method that shares"
-        " parameters between sites trained fewer.",
-        "",
-        "## How it was trained",
-        "",
-        *_card_lines(card),
-        "",
-        "## Sites",
-        "",
-        "The scale of a site is alpha / rank.",
-        "",
-        "| site | blocks | rank | alpha |",
-        "| --- | --- | --- | --- |",
-        *rows,
-        "",
-        "## Use",
-        "",
-        "```python",
-        "from peft import PeftModel",
-        "from transformers import AutoModelForCausalLM",
-        "",
-        f"base = AutoModelForCausalLM.from_pretrained({json.dumps(base_name)})",
-        'model = PeftModel.from_pretrained(base, "<this folder>")',
-        "```",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _card_lines(card: Mapping[str, Any] | None) -> list[str]:
-    if not card:
-        return ["Not recorded."]
-    lines = []
-    for key, value in card.items():
-        try:
-            text = json.dumps(value, allow_nan=False, ensure_ascii=False)
-        except (TypeError, ValueError) as error:
-            raise InputError(
-                f"card: {key!r} is not a JSON value ({error}), got {value!r}"
-            ) from None
-        if isinstance(value, str):
-            text = " ".join(value.split())  # one line, so that it cannot open a heading
-        elif isinstance(value, (dict, list)):
-            text = f"`{text}`"
-        lines.append(f"- **{' '.join(str(key).split())}**: {text}")
-    return lines
-
-
-def _pickle_message(file: Path) -> str:
-    return (
-        f"{file} is a pickle, which can run code when read; convert it in its folder: "
-        'safetensors.torch.save_file(torch.load("adapter_model.bin", weights_only=True), '
-        f'"{ARRAYS_FILE}")'
-    )
-
-
-def _read_arrays(folder: Path) -> dict[str, np.ndarray]:
-    """All tensors of the folder, in their own dtypes."""
-    file = folder / ARRAYS_FILE
-    if not file.is_file():
-        if (folder / PICKLE_FILE).exists():
-            raise InputError(_pickle_message(folder / PICKLE_FILE))
-        raise InputError(f"no PEFT adapter at {folder}: {ARRAYS_FILE} is missing")
-    try:
-        with safe_open(file, framework="numpy") as tensors:
-            return {name: tensors.get_tensor(name) for name in tensors.keys()}
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{file} is not a whole safetensors file: {error}") from None
-
-
-def _check_names(folder: Path, arrays: Mapping[str, np.ndarray], wanted: set[str]) -> None:
-    for word, names in (("lacks", wanted - set(arrays)), ("has the extra", set(arrays) - wanted)):
-        if names:
-            some = sorted(names)[:3]
-            more = f" and {len(names) - len(some)} more" if len(names) > len(some) else ""
-            raise InputError(
-                f"{folder / ARRAYS_FILE} {word} tensor {', '.join(some)}{more}; {CONFIG_FILE} "
-                f"and the base's sites ask for {len(wanted)} others"
-            )
-
-
-def _take(arrays: Mapping[str, np.ndarray], name: str, shape: tuple[int, int]) -> np.ndarray:
-    array = arrays[name]
-    if array.shape != shape:
-        raise InputError(f"tensor {name} must be {list(shape)}, got {list(array.shape)}")
-    if array.dtype.name not in ("float32", "float16", "bfloat16"):
-        raise InputError(f"tensor {name} must be float32, float16 or bfloat16, got {array.dtype}")
-    array = array.astype(np.float32)
-    if not np.all(np.isfinite(array)):
-        raise InputError(f"tensor {name} holds values that are not finite")
-    return array

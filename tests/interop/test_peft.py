@@ -427,7 +427,10 @@ class TestRead:
             ({"peft_type": "ADALORA"}, "peft_type = 'ADALORA' is not supported"),
             ({"peft_type": None}, "peft_type = None"),
             ({"task_type": "SEQ_CLS"}, "task_type = 'SEQ_CLS'"),
-            ({"use_dora": True}, "use_dora = True is not supported; only a plain LoRA"),
+            (
+                {"use_dora": True},
+                r"use_dora = True \(DoRA, .*\) is not supported; only a plain LoRA is",
+            ),
             ({"modules_to_save": ["lm_head"]}, r"modules_to_save = \['lm_head'\]"),
             ({"bias": "all"}, "bias = 'all' is not supported"),
             ({"lora_bias": True}, "lora_bias = True"),
