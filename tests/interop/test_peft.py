@@ -429,7 +429,7 @@ class TestRead:
             ({"task_type": "SEQ_CLS"}, "task_type = 'SEQ_CLS'"),
             (
                 {"use_dora": True},
-                r"use_dora = True \(DoRA, .*\) is not supported; only a plain LoRA is",
+                r"use_dora = True \(DoRA, .*only a plain LoRA is",
             ),
             ({"modules_to_save": ["lm_head"]}, r"modules_to_save = \['lm_head'\]"),
             ({"bias": "all"}, "bias = 'all' is not supported"),
