@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,6 @@ def export_peft(
     num_layers: int,
     card: Mapping[str, Any] | None = None,
     overwrite: bool = False,
-    ranks: Mapping[str, Sequence[int]] | None = None,
     pad_rank: int | None = None,
     allow_rounding: bool = False,
 ) -> Path:
@@ -62,8 +61,6 @@ def export_peft(
       num_layers: blocks of the base.
       card: how the adapter was trained, JSON values by name, for the README.
       overwrite: replace an earlier PEFT adapter at `path`, with all that is in its folder.
-      ranks: by site type, the rank of each of its L blocks where that is below r; the rows beyond
-        it, which must change nothing, are left out. None: r everywhere.
       pad_rank: one rank and one alpha for all sites, for servers that know no patterns (vLLM): rows
         of zeros are added, and each site's own scale goes into its B. One of `VLLM_RANKS`.
       allow_rounding: with `pad_rank`, also where a scale is no power of two times the common one,
@@ -75,8 +72,8 @@ def export_peft(
     Raises:
       InputError: for no factors, an unknown site type, rank 0, shapes or blocks that disagree,
         values that are not finite, a card that is not JSON; if the folder holds something and
-        `overwrite` is not set, or what it holds is not a PEFT adapter; for ranks that cut off what
-        changes something; for a `pad_rank` that is not known, too small, or that would round.
+        `overwrite` is not set, or what it holds is not a PEFT adapter; for a `pad_rank` that is not
+        known, too small, or that would round.
     """
     path = Path(path)
     check_target(path, base_name, num_layers, overwrite)
@@ -88,12 +85,8 @@ def export_peft(
     sites: dict[Site, SiteFactors] = {}
     for name, low_rank in factors.items():
         a, b, scale, layers = _checked(name, low_rank, num_layers)
-        own = _own_ranks(name, ranks, a, b)
         for position, layer in enumerate(layers):
-            rank = own[position]
-            sites[name, layer] = SiteFactors(
-                a[position, :rank], b[position, :rank], np.float32(scale[position])
-            )
+            sites[name, layer] = SiteFactors(a[position], b[position], scale[position])
     notes = [
         "The low-rank factors of an adapter that mos_jax exported, as they stand: they were not "
         "approximated.",
@@ -156,7 +149,13 @@ def read_peft_factors(
             f"{config.file}: peft_type = {config.kind!r} is not supported here, only 'LORA' is; "
             "import_peft reads it"
         )
-    adapted = adapted_sites(config, sites)
+    return read_lora_factors(folder, config, adapted_sites(config, sites))
+
+
+def read_lora_factors(
+    folder: Path, config: PeftConfig, adapted: Mapping[str, SiteShape]
+) -> dict[str, LowRank]:
+    """`read_peft_factors` of a folder whose configuration was read, for the sites it adapts."""
     arrays = read_arrays(folder)
     chosen = [(name, layer) for name, site in adapted.items() for layer in site.blocks]
     check_names(folder, arrays, (tensor_name(site, part) for site in chosen for part in "AB"))
@@ -218,26 +217,6 @@ def check_target(path: Path, base_name: str, num_layers: int, overwrite: bool) -
 def _check_site_type(name: str) -> None:
     if name not in SITE_TYPES:
         raise InputError(f"unknown site type {name!r}; {suggest(name, SITE_TYPES)}")
-
-
-def _own_ranks(
-    name: str, ranks: Mapping[str, Sequence[int]] | None, a: np.ndarray, b: np.ndarray
-) -> list[int]:
-    """The rank of each block of a site type."""
-    count, largest = a.shape[:2]
-    own = [largest] * count if ranks is None or name not in ranks else list(ranks[name])
-    if len(own) != count or not all(1 <= rank <= largest for rank in own):
-        raise InputError(
-            f"ranks of {name!r} must be {count} integers from 1 to {largest}, got {own}"
-        )
-    for position, rank in enumerate(own):
-        beyond = np.any(a[position, rank:], axis=1) & np.any(b[position, rank:], axis=1)
-        if np.any(beyond):
-            raise InputError(
-                f"ranks of {name!r}: entry {position} has rank {rank}, but row "
-                f"{rank + int(np.argmax(beyond))} of its factors is not zero"
-            )
-    return own
 
 
 def _checked(

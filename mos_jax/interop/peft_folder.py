@@ -28,7 +28,8 @@ def write_folder(
     path: Path, config: Mapping[str, Any], arrays: Mapping[str, np.ndarray], readme: str
 ) -> None:
     """Writes the three files beside `path` and puts them in its place; see `check_destination`."""
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    # Sorted as PEFT does it, but not within patterns, whose first match counts.
+    text = json.dumps(dict(sorted(config.items())), indent=2) + "\n"
     payload = format_safetensors(dict(arrays), metadata={"format": "pt"})
     with fresh_folder(path) as fresh:
         write_file(fresh / ARRAYS_FILE, payload)
