@@ -9,21 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from mos_jax.adapters.adapter import Adapter
 from mos_jax.adapters.storage import AdapterCard, load_adapter, read_card
 from mos_jax.data.config import DataConfig
 from mos_jax.data.load import Data, load_data
 from mos_jax.errors import InputError
-from mos_jax.interop.check import largest_logit_difference
+from mos_jax.interop.check import largest_logit_difference, probe_tokens
 from mos_jax.interop.peft import export_peft, read_peft_factors
 from mos_jax.interop.peft_folder import ARRAYS_FILE
 from mos_jax.models.base import Base, load_base
 from mos_jax.models.projection import Factors
-
-# Tokens on which an export is checked.
-CHECK_ROWS, CHECK_LENGTH = 2, 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,17 +98,13 @@ class Finished:
             overwrite=overwrite,
         )
         again = read_peft_factors(path, self.base.sites)
-        # Ids spread over the whole vocabulary; which ones does not matter.
-        count = CHECK_ROWS * CHECK_LENGTH
-        tokens = np.linspace(0, self.base.config.vocab_size - 1, count).astype(np.int32)
-        difference = largest_logit_difference(
-            self.base.model, tokens.reshape(CHECK_ROWS, CHECK_LENGTH), self.factors, again
-        )
+        tokens = probe_tokens(self.base.config.vocab_size)
+        difference = largest_logit_difference(self.base.model, tokens, self.factors, again)
         return Exported(
             max(factor.rank for factor in self.factors.values()),
             (Path(path) / ARRAYS_FILE).stat().st_size,
             difference,
-            count,
+            tokens.size,
         )
 
 

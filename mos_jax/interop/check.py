@@ -14,6 +14,33 @@ from mos_jax.models.decoder import Decoder
 
 Factors = Mapping[str, LowRank]
 
+# Tokens on which what was written or merged is compared: two rows, as of a batch.
+PROBE_ROWS, PROBE_LENGTH = 2, 32
+
+
+def probe_tokens(vocab_size: int) -> np.ndarray:
+    """Ids spread over a whole vocabulary, int32 [2, 32]; which ones does not matter."""
+    ids = np.linspace(0, vocab_size - 1, PROBE_ROWS * PROBE_LENGTH).astype(np.int32)
+    return ids.reshape(PROBE_ROWS, PROBE_LENGTH)
+
+
+def probe_logits(model: Decoder, factors: Factors | None = None) -> np.ndarray:
+    """The logits of the probe tokens, fp32 [2, 32, V], on the host.
+
+    For comparing models that are not in memory at the same time.
+
+    Raises:
+      InputError: if the factors do not fit the base.
+    """
+    tokens = jnp.asarray(probe_tokens(model.config.vocab_size))
+    return np.asarray(_logits(model, tokens, None if factors is None else dict(factors)))
+
+
+def largest_difference(a: np.ndarray, b: np.ndarray) -> float:
+    """The largest absolute difference of two sets of logits; nan where either has one."""
+    with np.errstate(invalid="ignore"):  # inf - inf
+        return float(np.max(np.abs(a - b)))
+
 
 def largest_logit_difference(
     model: Decoder,
@@ -49,6 +76,11 @@ def largest_logit_difference(
         )
     a, b = (None if f is None else dict(f) for f in (factors_a, factors_b))
     return float(_largest_difference(model, jnp.asarray(host), a, b))
+
+
+@jax.jit
+def _logits(model: Decoder, tokens: jax.Array, factors: Factors | None) -> jax.Array:
+    return model(tokens, factors)
 
 
 @jax.jit

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from mos_jax.errors import InputError
+from mos_jax.interop.card import card_lines
 
 
 def write_card(
@@ -47,7 +47,7 @@ def write_card(
         "",
         "## How it was trained",
         "",
-        *_card_lines(card),
+        *card_lines(card),
         "",
         "## Sites",
         "",
@@ -73,22 +73,3 @@ def _table(columns: Sequence[str], sites: Mapping[tuple[str, int], Sequence[Any]
         own = {layer: values for (n, layer), values in sites.items() if n == name}
         cells = [list(own), *(sorted(set(values)) for values in zip(*own.values(), strict=True))]
         yield f"| {name} | {' | '.join(', '.join(map(str, cell)) for cell in cells)} |"
-
-
-def _card_lines(card: Mapping[str, Any] | None) -> list[str]:
-    if not card:
-        return ["Not recorded."]
-    lines = []
-    for key, value in card.items():
-        try:
-            text = json.dumps(value, allow_nan=False, ensure_ascii=False)
-        except (TypeError, ValueError) as error:
-            raise InputError(
-                f"card: {key!r} is not a JSON value ({error}), got {value!r}"
-            ) from None
-        if isinstance(value, str):
-            text = " ".join(value.split())  # one line, so that it cannot open a heading
-        elif isinstance(value, (dict, list)):
-            text = f"`{text}`"
-        lines.append(f"- **{' '.join(str(key).split())}**: {text}")
-    return lines
