@@ -62,7 +62,7 @@ class JaxDense:
     def prepare(self) -> dict[str, Facts]:
         """Compiles the three."""
         model = self._base.model
-        embedded = model.embed[...][self._batch.tokens]
+        embedded = model.embed_tokens(self._batch.tokens)
         found = {"base": self._compile("base", _base_loss, embedded, model, self._batch)}
         for name, config in self._adapters.items():
             adapter = create_adapter(config, self._base.sites, jax.random.key(0))

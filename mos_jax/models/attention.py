@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+def attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, scale: float | None = None
+) -> jax.Array:
     """Grouped-query attention (arXiv 2305.13245), softmax in fp32.
 
     Args:
@@ -17,6 +19,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Arr
       k: [B, T, K, c].
       v: [B, T, K, c].
       mask: bool [B, S, T]; True where a query may see a key. Every query must see one.
+      scale: factor of the scores; None is c ** -0.5.
 
     Returns:
       [B, S, H, c].
@@ -26,7 +29,8 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Arr
     groups = heads // shared
     # One product for each key head, its queries stacked: on CPU twice as fast as einsum's layout.
     q = q.reshape(batch, length, shared, groups, width).transpose(0, 2, 3, 1, 4)
-    q = (q * jnp.asarray(width**-0.5, q.dtype)).reshape(batch * shared, groups * length, width)
+    scale = width**-0.5 if scale is None else scale
+    q = (q * jnp.asarray(scale, q.dtype)).reshape(batch * shared, groups * length, width)
     k = k.transpose(0, 2, 1, 3).reshape(batch * shared, slots, width)
     v = v.transpose(0, 2, 1, 3).reshape(batch * shared, slots, width)
     scores = jnp.einsum("bqc,btc->bqt", q, k, preferred_element_type=jnp.float32)

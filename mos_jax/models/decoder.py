@@ -1,4 +1,4 @@
-"""The frozen base: a decoder of the Llama family, as a read-only Flax NNX pytree.
+"""The frozen base: one decoder for all families, as a read-only Flax NNX pytree.
 
 Blocks are stacked and scanned. The base knows `LowRank` factors and no adapter method. Tokens are
 flattened to [N, d] before every product: on CPU, XLA's backward pass is much faster so.
@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from mos_jax.adapters.adapter import Frozen
 from mos_jax.adapters.low_rank import LowRank
@@ -27,13 +26,14 @@ from mos_jax.models.attention import attend
 from mos_jax.models.blocks import add_attention, add_mlp, queries_keys_values, rms_norm
 from mos_jax.models.config import DecoderConfig
 from mos_jax.models.projection import Dropout, Factors, Projector, layer_dropout
-from mos_jax.models.rope import rotary_tables
+from mos_jax.models.windows import layer_flags, layer_views
 
 FactorsSource = Factors | Callable[[jax.Array], Factors] | None
 
 # What a block keeps for its backward pass; everything else is cheap to compute again. The values
-# are the outputs of the large products, so that none of those runs twice.
-SAVED = ("q", "k", "v", "attended", "middle", "gate", "up", "low_rank")
+# are the outputs of the large products, so that none of those runs twice; "down" only where a norm
+# comes after it.
+SAVED = ("q", "k", "v", "attended", "middle", "gate", "up", "down", "low_rank")
 REMAT_POLICIES = ("none", "products", "full")
 
 
@@ -47,7 +47,10 @@ class Cache:
 
 
 class Decoder(nnx.Module):
-    """Llama-family decoder with grouped-query attention, RoPE, RMSNorm and SwiGLU.
+    """Decoder with grouped-query attention, RoPE, RMSNorm and a gated MLP.
+
+    The config says what a family adds to Llama: biases, norms, windows, scales. What it does not
+    ask for leaves no trace in the compiled program.
 
     Attributes:
       config: its architecture.
@@ -133,12 +136,19 @@ class Decoder(nnx.Module):
     ) -> jax.Array:
         """The normed hidden states before the head, [B, S, d]; arguments as for a call."""
         return self.transform(
-            self.embed[...][tokens],
+            self.embed_tokens(tokens),
             factors,
             positions=positions,
             segments=segments,
             dropout=dropout,
         )
+
+    @strict
+    def embed_tokens(self, tokens: jax.Array) -> jax.Array:
+        """Embeds tokens, int32 [B, S] -> [B, S, d], scaled where the family scales them."""
+        embedded = self.embed[...][tokens]
+        scale = self.config.embed_scale
+        return embedded if scale is None else embedded * jnp.asarray(scale, embedded.dtype)
 
     @strict
     def transform(
@@ -158,15 +168,16 @@ class Decoder(nnx.Module):
         if segments is not None:
             same = segments[:, :, None] == segments[:, None, :]
             mask = mask & (same | (segments[:, None, :] < 0))
-        rope = rotary_tables(self.config, positions)
+        view = layer_views(self.config, positions, mask, positions)
 
         def body(x: jax.Array, scanned: Any) -> tuple[jax.Array, None]:
-            layer, weights, low_rank = scanned
+            layer, windowed, weights, low_rank = scanned
+            mask, rope = view(windowed)
             low_rank = low_rank if assemble is None else assemble(layer)
             project = Projector(weights, low_rank, layer_dropout(dropout, layer))
             q, k, v = queries_keys_values(self.config, project, x, rope)
-            q, k, v = (checkpoint_name(y, n) for y, n in ((q, "q"), (k, "k"), (v, "v")))
-            x = add_attention(project, x, attend(q, k, v, mask))
+            attended = attend(q, k, v, mask, self.config.query_scale)
+            x = add_attention(self.config, project, x, attended)
             return add_mlp(self.config, project, x), None
 
         if self.remat != "none":
@@ -178,7 +189,7 @@ class Decoder(nnx.Module):
             body = jax.checkpoint(body, policy=policy, prevent_cse=False)
         x = embedded.reshape(batch * length, self.config.d_model)
         assemble, low_rank = self._split_source(factors, batch)
-        x, _ = jax.lax.scan(body, x, (self._layers(), self._weights(), low_rank))
+        x, _ = jax.lax.scan(body, x, (*self._layers(), low_rank))
         x = rms_norm(x, self.final_norm[...], self.config.rms_eps)
         return x.reshape(batch, length, self.config.d_model)
 
@@ -220,12 +231,13 @@ class Decoder(nnx.Module):
         batch, length = tokens.shape
         slots = cache.k.shape[2]
         mask = jnp.arange(slots, dtype=jnp.int32)[None, None, :] <= positions[:, :, None]
-        rope = rotary_tables(self.config, positions)
+        view = layer_views(self.config, positions, mask)
         rows = jnp.broadcast_to(jnp.arange(batch, dtype=jnp.int32)[:, None], positions.shape)
 
         def body(carry: tuple[jax.Array, Cache], scanned: Any) -> tuple[Any, None]:
             x, cache = carry
-            layer, weights, low_rank = scanned
+            layer, windowed, weights, low_rank = scanned
+            mask, rope = view(windowed)
             low_rank = low_rank if assemble is None else assemble(layer)
             project = Projector(weights, low_rank, None)
             q, k, v = queries_keys_values(self.config, project, x, rope)
@@ -233,21 +245,22 @@ class Decoder(nnx.Module):
                 cache.k.at[layer, rows, positions].set(k),
                 cache.v.at[layer, rows, positions].set(v),
             )
-            x = add_attention(project, x, attend(q, cache.k[layer], cache.v[layer], mask))
+            scale = self.config.query_scale
+            attended = attend(q, cache.k[layer], cache.v[layer], mask, scale)
+            x = add_attention(self.config, project, x, attended)
             return (add_mlp(self.config, project, x), cache), None
 
-        x = self.embed[...][tokens].reshape(batch * length, self.config.d_model)
+        x = self.embed_tokens(tokens).reshape(batch * length, self.config.d_model)
         assemble, low_rank = self._split_source(factors, batch)
-        scanned = (self._layers(), self._weights(), low_rank)
-        (x, cache), _ = jax.lax.scan(body, (x, cache), scanned)
+        (x, cache), _ = jax.lax.scan(body, (x, cache), (*self._layers(), low_rank))
         x = rms_norm(x, self.final_norm[...], self.config.rms_eps)
         return x.reshape(batch, length, self.config.d_model), cache
 
-    def _layers(self) -> jax.Array:
-        return jnp.arange(self.config.num_layers, dtype=jnp.int32)
-
-    def _weights(self) -> dict[str, jax.Array]:
-        return {name: variable[...] for name, variable in self.blocks.items()}
+    def _layers(self) -> tuple[jax.Array, jax.Array | None, dict[str, jax.Array]]:
+        """Index, window flag and weights of the layers, to scan over."""
+        index = jnp.arange(self.config.num_layers, dtype=jnp.int32)
+        weights = {name: variable[...] for name, variable in self.blocks.items()}
+        return index, layer_flags(self.config), weights
 
     def _split_source(
         self, factors: FactorsSource, rows: int

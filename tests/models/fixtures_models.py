@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 
 from mos_jax.models import gguf as gguf_reader
 from mos_jax.models import huggingface
-from mos_jax.models.config import DecoderConfig
+from mos_jax.models.config import DecoderConfig, RopeScaling
 from mos_jax.models.tokenizer import CHATML
 
 _SAFETENSORS_TYPES = {
@@ -34,8 +34,9 @@ def in_file_order(config: DecoderConfig, weights: dict, names: dict[str, str]) -
 
 
 def huggingface_config(config: DecoderConfig) -> dict:
-    """Returns a config.json as transformers 4 writes it."""
+    """Returns a config.json of a Llama as transformers 4 writes it."""
     scaling = config.rope_scaling
+    assert scaling is None or isinstance(scaling, RopeScaling)
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
