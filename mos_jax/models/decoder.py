@@ -26,6 +26,7 @@ from mos_jax.models.attention import attend
 from mos_jax.models.blocks import add_attention, add_mlp, queries_keys_values, rms_norm
 from mos_jax.models.config import DecoderConfig
 from mos_jax.models.projection import Dropout, Factors, Projector, layer_dropout
+from mos_jax.models.quantized import Weight, dequantize, scheme_of
 from mos_jax.models.windows import layer_flags, layer_views
 
 FactorsSource = Factors | Callable[[jax.Array], Factors] | None
@@ -57,13 +58,14 @@ class Decoder(nnx.Module):
       remat: "products" keeps the outputs of large products and computes the rest of a block again
         in the backward pass, "full" keeps only each block's input, "none" leaves it to JAX.
       embed: [V, d].
-      blocks: mapping from name to stacked weight, `q_proj` [L, d, H c] and so on (y = x W).
+      blocks: mapping from name to stacked weight, `q_proj` [L, d, H c] and so on (y = x W);
+        those of sites may be quantised, see `quantized.py`: read their numbers with `weight`.
       final_norm: fp32 [d].
       head: [d, V], or None when tied to `embed`.
     """
 
     def __init__(
-        self, config: DecoderConfig, weights: Mapping[str, jax.Array], remat: str = "products"
+        self, config: DecoderConfig, weights: Mapping[str, Weight], remat: str = "products"
     ):
         if remat not in REMAT_POLICIES:
             raise InputError(f"unknown remat policy {remat!r}; {suggest(remat, REMAT_POLICIES)}")
@@ -82,7 +84,7 @@ class Decoder(nnx.Module):
 
     @property
     def weights(self) -> dict[str, Any]:
-        """All weights by name, as `Decoder` takes them."""
+        """All weights by name, as `Decoder` takes them; see `weight` for the numbers of one."""
         named = {f"blocks/{name}": variable[...] for name, variable in self.blocks.items()}
         named |= {"embed": self.embed[...], "final_norm": self.final_norm[...]}
         return named if self.head is None else named | {"head": self.head[...]}
@@ -91,6 +93,18 @@ class Decoder(nnx.Module):
     def sites(self) -> dict[str, SiteShape]:
         """All sites that an adapter may change."""
         return {name: SiteShape(*shape) for name, shape in self.config.site_shapes().items()}
+
+    @property
+    def quantization(self) -> str | None:
+        """How the weights of the sites are stored: a name in `SCHEMES`, or None: as numbers."""
+        return scheme_of(self.blocks["q_proj"][...])
+
+    def weight(self, name: str) -> jax.Array:
+        """The numbers of a weight, by its name in `DecoderConfig.weight_shapes`.
+
+        A quantised one is computed from its codes, all blocks at once, in the base's dtype.
+        """
+        return dequantize(self.weights[name], self.embed.dtype)
 
     def __call__(
         self,
@@ -256,10 +270,10 @@ class Decoder(nnx.Module):
         x = rms_norm(x, self.final_norm[...], self.config.rms_eps)
         return x.reshape(batch, length, self.config.d_model), cache
 
-    def _layers(self) -> tuple[jax.Array, jax.Array | None, dict[str, jax.Array]]:
+    def _layers(self) -> tuple[jax.Array, jax.Array | None, dict[str, Weight]]:
         """Index, window flag and weights of the layers, to scan over."""
         index = jnp.arange(self.config.num_layers, dtype=jnp.int32)
-        weights = {name: variable[...] for name, variable in self.blocks.items()}
+        weights: dict[str, Weight] = {n: variable[...] for n, variable in self.blocks.items()}
         return index, layer_flags(self.config), weights
 
     def _split_source(

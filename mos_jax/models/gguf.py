@@ -6,17 +6,18 @@ large vocabulary takes a fraction of a second. The `gguf` package turns quantise
 numbers.
 
 GGUF stores the rows of the query and key projections so that RoPE acts on neighbouring pairs
-(2i, 2i+1); here it acts on halves (i, i + head_dim / 2), so `read_weights` reorders them.
+(2i, 2i+1); here it acts on halves (i, i + head_dim / 2), so `open_weights` reorders them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import math
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,7 +27,15 @@ import numpy as np
 from mos_jax.errors import InputError
 from mos_jax.models.config import DecoderConfig
 from mos_jax.models.gguf_config import config_from_gguf
-from mos_jax.models.layout import allocate_weights, fill, match_tensors
+from mos_jax.models.layout import (
+    ByteFile,
+    Slot,
+    TensorReader,
+    WeightReader,
+    match_tensors,
+    read_all,
+    weight_readers,
+)
 
 _BLOCK = "blk.{}."
 _NAMES = {
@@ -232,74 +241,97 @@ def read_config(path: os.PathLike[str] | str) -> DecoderConfig:
     return config_from_gguf(header.fields, header.tensors)
 
 
-def read_weights(
-    path: os.PathLike[str] | str, config: DecoderConfig, dtype: Any = "float32"
-) -> dict[str, np.ndarray]:
-    """Returns the weights of a GGUF file, quantised blocks turned into numbers.
+@contextlib.contextmanager
+def open_weights(
+    path: os.PathLike[str] | str, config: DecoderConfig
+) -> Iterator[dict[str, WeightReader]]:
+    """Opens the weights of a GGUF file, to be read part by part.
 
     Args:
         path: The file. Its tensors may have any type `gguf.dequantize` knows, among them F32,
             F16, BF16, Q8_0, Q4_0 and Q4_1.
         config: What `read_config` says of it.
-        dtype: "float32" or "bfloat16"; norm weights are float32 either way.
 
-    Returns:
-        Weights by name, shaped as `config.weight_shapes()`, queries and keys in the order of
-        half-rotation RoPE.
+    Yields:
+        A reader of each weight by name, shaped as in `config.weight_shapes()`: quantised blocks
+        turned into numbers, queries and keys in the order of half-rotation RoPE.
 
     Raises:
-        InputError: As `open_gguf`; a tensor is missing, not expected, of another shape or of a
-            type that cannot be read, or not finite.
+        InputError: As `open_gguf`; a tensor is missing, not expected, or of another shape.
     """
     header = open_gguf(path)
     shapes = {name: tensor.shape for name, tensor in header.tensors.items()}
     matched = match_tensors(path, config, tensor_names(config), shapes)
-    # Only now: sizes of a damaged header could ask for any amount of memory.
-    weights = allocate_weights(config, dtype)
-    with header.path.open("rb") as file:
-        for slot in matched:
-            read = _row_reader(file, slot.source, header)
+    with ByteFile(header.path) as file:
+
+        def open_tensor(slot: Slot) -> TensorReader:
+            read = _tensor_reader(file, slot.source, header.tensors[slot.source])
             if slot.target in ("blocks/q_proj", "blocks/k_proj"):
-                read = _halves_reader(read, config.head_dim, slot.shape[0])
-            fill(weights, slot, read, path)
-    return weights
+                return _halves_reader(read, config.head_dim, slot.shape[0])
+            return read
+
+        yield weight_readers(path, matched, config.weight_shapes(), open_tensor)
 
 
-def _row_reader(file: BinaryIO, name: str, header: GGUFFile) -> Callable[[int, int], np.ndarray]:
-    tensor = header.tensors[name]
+def read_weights(
+    path: os.PathLike[str] | str, config: DecoderConfig, dtype: Any = "float32"
+) -> dict[str, np.ndarray]:
+    """Returns the weights of a GGUF file, whole and on the host.
 
-    def read(start: int, stop: int) -> np.ndarray:
-        # A tensor of one axis is a single row of bytes.
-        first, last = (start, stop) if len(tensor.shape) > 1 else (0, 1)
-        file.seek(tensor.offset + first * tensor.row_bytes)
-        count = (last - first) * tensor.row_bytes
-        data = np.fromfile(file, np.uint8, count)
-        if data.size != count:
-            raise InputError(f"{header.path}: tensor {name} was cut short while it was read")
+    Args:
+        path: As for `open_weights`.
+        config: What `read_config` says of it.
+        dtype: "float32" or "bfloat16"; norm weights are float32 either way.
+
+    Returns:
+        Weights by name, shaped as `config.weight_shapes()`.
+
+    Raises:
+        InputError: As `open_weights`; a tensor is of a type that cannot be read, or not finite.
+    """
+    with open_weights(path, config) as readers:
+        return read_all(readers, dtype)
+
+
+def _tensor_reader(file: ByteFile, name: str, tensor: GGUFTensor) -> TensorReader:
+    block, block_bytes = gguf.GGML_QUANT_SIZES[tensor.type]
+
+    def read(rows: slice, columns: slice) -> np.ndarray:
+        if len(tensor.shape) == 1:
+            # A tensor of one axis is a single row of bytes.
+            return read_table(slice(0, 1), rows)[0]
+        return read_table(rows, columns)
+
+    def read_table(rows: slice, columns: slice) -> np.ndarray:
+        # Whole blocks, of which the columns are then cut out.
+        first, last = columns.start // block, -(-columns.stop // block)
+        span = slice(first * block_bytes, last * block_bytes)
+        data = file.read(tensor.offset, tensor.row_bytes, rows, span)
         try:
-            # Damaged scales overflow to infinity, which `fill` reports.
+            # Damaged scales overflow to infinity, which `WeightReader.read` reports.
             with np.errstate(over="ignore", invalid="ignore"):
-                values = gguf.dequantize(data.reshape(last - first, -1), tensor.type)
+                values = gguf.dequantize(data, tensor.type)
         except NotImplementedError as error:
             raise InputError(
-                f"{header.path}: tensor {name} has type {tensor.type.name}, which cannot be read; "
+                f"{file.path}: tensor {name} has type {tensor.type.name}, which cannot be read; "
                 "convert the file to F32, F16, BF16, Q8_0, Q4_0 or Q4_1"
             ) from error
-        return values if len(tensor.shape) > 1 else values[0, start:stop]
+        return values[:, columns.start - first * block : columns.stop - first * block]
 
     return read
 
 
-def _halves_reader(
-    read: Callable[[int, int], np.ndarray], head_dim: int, rows: int
-) -> Callable[[int, int], np.ndarray]:
+def _halves_reader(read: TensorReader, head_dim: int, rows: int) -> TensorReader:
     """Returns `read` with each head's rows (2i, 2i+1) moved to (i, i + head_dim / 2)."""
     halves = np.arange(rows).reshape(-1, head_dim // 2, 2).swapaxes(1, 2).reshape(-1)
 
-    def read_halves(start: int, stop: int) -> np.ndarray:
+    def read_halves(wanted: slice, columns: slice) -> np.ndarray:
         # Rows move only within their head: read the heads that the range touches.
-        first, last = start // head_dim * head_dim, -(-stop // head_dim) * head_dim
-        return read(first, last)[halves[start:stop] - first]
+        first, last = (
+            wanted.start // head_dim * head_dim,
+            -(-wanted.stop // head_dim) * head_dim,
+        )
+        return read(slice(first, last), columns)[halves[wanted] - first]
 
     return read_halves
 

@@ -8,18 +8,31 @@ A folder has `config.json` and either `model.safetensors` or several `*.safetens
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from mos_jax.errors import InputError
 from mos_jax.models.config import DecoderConfig
 from mos_jax.models.huggingface_config import config_from_huggingface
-from mos_jax.models.layout import CHUNK, allocate_weights, fill, match_tensors, read_json
+from mos_jax.models.layout import (
+    ByteFile,
+    Slot,
+    TensorReader,
+    WeightReader,
+    match_tensors,
+    parts,
+    read_all,
+    read_json,
+    weight_readers,
+)
 
 _BLOCK = "model.layers.{}."
 _NAMES = {
@@ -47,7 +60,11 @@ _POST_NORM_NAMES = {
     "blocks/mlp_norm": _BLOCK + "pre_feedforward_layernorm.weight",
     "blocks/mlp_post_norm": _BLOCK + "post_feedforward_layernorm.weight",
 }
-_DTYPES = ("F32", "F16", "BF16")
+_DTYPES = {
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
 _INDEX = "model.safetensors.index.json"
 
 
@@ -77,10 +94,11 @@ def read_config(path: os.PathLike[str] | str) -> DecoderConfig:
     return config_from_huggingface(read_json(folder / "config.json"), folder.resolve().name)
 
 
-def read_weights(
-    path: os.PathLike[str] | str, config: DecoderConfig, dtype: Any = "float32"
-) -> dict[str, np.ndarray]:
-    """Returns the weights of a model folder.
+@contextlib.contextmanager
+def open_weights(
+    path: os.PathLike[str] | str, config: DecoderConfig
+) -> Iterator[dict[str, WeightReader]]:
+    """Opens the weights of a model folder, to be read part by part.
 
     `rotary_emb.inv_freq` tensors of old checkpoints are skipped: they follow from the config. An
     `lm_head.weight` in a model whose config ties the embeddings is accepted when it equals the
@@ -89,25 +107,24 @@ def read_weights(
     Args:
         path: Folder with config.json and safetensors files (float32, float16 or bfloat16).
         config: What `read_config` says of it.
-        dtype: "float32" or "bfloat16"; norm weights are float32 either way.
 
-    Returns:
-        Weights by name, shaped as `config.weight_shapes()`.
+    Yields:
+        A reader of each weight by name, shaped as in `config.weight_shapes()`.
 
     Raises:
-        InputError: A file is missing, damaged or foreign; a tensor is missing, not expected, of
-            another shape or type, or not finite.
+        InputError: A file is missing, damaged or foreign; a tensor is missing, not expected, or of
+            another shape or type.
     """
     folder = Path(path)
     with contextlib.ExitStack() as stack:
         tensors = _open_tensors(folder, stack)
         found = {
-            name: tuple(tensor.get_shape())
+            name: tensor.shape
             for name, tensor in tensors.items()
             if not name.endswith("rotary_emb.inv_freq")
         }
         for name in found:
-            kind = tensors[name].get_dtype()
+            kind = tensors[name].type
             if kind not in _DTYPES:
                 raise InputError(
                     f"{folder}: tensor {name} has type {kind}; only {', '.join(_DTYPES)} are read"
@@ -117,22 +134,57 @@ def read_weights(
         matched = match_tensors(folder, config, names, found)
         if tied_head:
             _check_tied(folder, tensors)
-        # Only now: sizes of a damaged config could ask for any amount of memory.
-        weights = allocate_weights(config, dtype)
-        for slot in matched:
+
+        def open_tensor(slot: Slot) -> TensorReader:
+            read = tensors[slot.source].read
             offset = norm_offset(config) if slot.target.endswith("norm") else 0.0
-            fill(weights, slot, _row_reader(tensors[slot.source], offset), folder)
-    return weights
+            if not offset:
+                return read
+            return lambda *part: read(*part).astype(np.float32) + np.float32(offset)
+
+        yield weight_readers(folder, matched, config.weight_shapes(), open_tensor)
 
 
-def _row_reader(tensor: Any, offset: float) -> Callable[[int, int], np.ndarray]:
-    if not offset:
-        return lambda start, stop: tensor[start:stop]
-    return lambda start, stop: tensor[start:stop].astype(np.float32) + np.float32(offset)
+def read_weights(
+    path: os.PathLike[str] | str, config: DecoderConfig, dtype: Any = "float32"
+) -> dict[str, np.ndarray]:
+    """Returns the weights of a model folder, whole and on the host.
+
+    Args:
+        path: As for `open_weights`.
+        config: What `read_config` says of it.
+        dtype: "float32" or "bfloat16"; norm weights are float32 either way.
+
+    Returns:
+        Weights by name, shaped as `config.weight_shapes()`.
+
+    Raises:
+        InputError: As `open_weights`, or a value is not finite.
+    """
+    with open_weights(path, config) as readers:
+        return read_all(readers, dtype)
 
 
-def _open_tensors(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
-    """Returns a lazy slice of every tensor by name; the files stay open as long as `stack`."""
+@dataclasses.dataclass(frozen=True)
+class _Tensor:
+    """Where one tensor lies in a safetensors file."""
+
+    file: ByteFile
+    type: str
+    shape: tuple[int, ...]
+    offset: int
+
+    def read(self, rows: slice, columns: slice) -> np.ndarray:
+        """A part of it; see `TensorReader`."""
+        kind = _DTYPES[self.type]
+        width = 1 if len(self.shape) == 1 else self.shape[1]
+        span = slice(columns.start * kind.itemsize, columns.stop * kind.itemsize)
+        values = self.file.read(self.offset, width * kind.itemsize, rows, span).view(kind)
+        return values[:, 0] if len(self.shape) == 1 else values
+
+
+def _open_tensors(folder: Path, stack: contextlib.ExitStack) -> dict[str, _Tensor]:
+    """Returns where every tensor lies, by name; the files stay open as long as `stack`."""
     index, single = folder / _INDEX, folder / "model.safetensors"
     if index.is_file():
         listed = _read_index(folder, index)
@@ -148,22 +200,39 @@ def _open_tensors(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
             else ""
         )
         raise InputError(f"{folder} has neither model.safetensors nor {_INDEX}{hint}")
-    tensors: dict[str, Any] = {}
+    tensors: dict[str, _Tensor] = {}
     for file in files:
         if not file.is_file():
             raise InputError(f"{file} is missing; {_INDEX} lists it")
-        try:
-            opened = stack.enter_context(safe_open(file, framework="numpy"))
-            names = list(opened.keys())
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{file} is not a whole safetensors file: {error}") from error
-        for name in names:
+        for name, tensor in _read_header(file, stack).items():
             if listed is not None and listed.get(name) != file.name:
                 raise InputError(f"{file} has tensor {name}, which {_INDEX} does not place there")
-            tensors[name] = opened.get_slice(name)
+            tensors[name] = tensor
     for name in (name for name in listed or () if name not in tensors):
         raise InputError(f"{folder}: tensor {name} is missing; {_INDEX} lists it")
     return tensors
+
+
+def _read_header(path: Path, stack: contextlib.ExitStack) -> dict[str, _Tensor]:
+    """Returns where the tensors of one file lie; it stays open as long as `stack`."""
+    try:
+        # Checks the file: sizes, types, and that the tensors fill it without a gap or an overlap.
+        with safe_open(path, framework="numpy") as checked:
+            names = list(checked.keys())
+        file = stack.enter_context(ByteFile(path))
+        length = int.from_bytes(file.read(0, 8, slice(0, 1), slice(0, 8)).tobytes(), "little")
+        header = json.loads(file.read(8, length, slice(0, 1), slice(0, length)).tobytes())
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is not a whole safetensors file: {error}") from error
+    return {
+        name: _Tensor(
+            file,
+            header[name]["dtype"],
+            tuple(header[name]["shape"]),
+            8 + length + header[name]["data_offsets"][0],
+        )
+        for name in names
+    }
 
 
 def _read_index(folder: Path, index: Path) -> dict[str, str]:
@@ -181,14 +250,11 @@ def _read_index(folder: Path, index: Path) -> dict[str, str]:
     return listed
 
 
-def _check_tied(folder: Path, tensors: Mapping[str, Any]) -> None:
+def _check_tied(folder: Path, tensors: Mapping[str, _Tensor]) -> None:
     embed, head = tensors[_NAMES["embed"]], tensors[_NAMES["head"]]
-    rows, width = embed.get_shape()
-    same = head.get_shape() == [rows, width]
-    step = max(1, CHUNK // width)
-    for start in range(0, rows if same else 0, step):
-        stop = min(start + step, rows)
-        same = same and np.array_equal(embed[start:stop], head[start:stop])
+    same = head.shape == embed.shape
+    for index in parts(embed.shape, 0) if same else ():
+        same = same and np.array_equal(embed.read(*index), head.read(*index))
     if not same:
         raise InputError(
             f"{folder}: config.json ties the embeddings, but {_NAMES['head']} differs from "
