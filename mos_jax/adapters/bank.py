@@ -108,8 +108,8 @@ class AdapterBank:
             for name, site in self.sites.items()
         }
         self._slot = {BASE_NAME: 0}
-        # Of each adapter, what it was before it was padded: rank and blocks by site type.
-        self._extent: dict[str, dict[str, tuple[int, tuple[int, ...] | None]]] = {}
+        # Of each adapter, what it was before it was padded: shapes by site type.
+        self._extent: dict[str, dict[str, LowRank]] = {}
         self._active = BASE_NAME
 
     @classmethod
@@ -256,15 +256,15 @@ class AdapterBank:
           InputError: for an unknown name.
         """
         slot, factors = self._slot_of(name), {}
-        for site, (rank, layers) in self._extent[name].items():
+        for site, own in self._extent[name].items():
             f = self._factors[site]
             a, b, scale = (np.asarray(array[:, slot]) for array in (f.a, f.b, f.scale))
-            rows = _positions(self.sites[site], layers)
-            factors[site] = LowRank(
-                jnp.asarray(a[rows, :rank].astype(np.float32)),
-                jnp.asarray(b[rows, :rank].astype(np.float32)),
-                jnp.asarray(scale[rows]),
-                layers,
+            rows = _positions(self.sites[site], own.layers)
+            factors[site] = dataclasses.replace(
+                own,
+                a=jnp.asarray(a[rows, : own.rank].astype(np.float32)),
+                b=jnp.asarray(b[rows, : own.rank].astype(np.float32)),
+                scale=jnp.asarray(scale[rows]),
             )
         return factors
 
@@ -300,7 +300,7 @@ class AdapterBank:
         entry = self._padded(name, factors)
         self._factors = _write(self._factors, np.int32(slot), entry)
         self._slot[name] = slot
-        self._extent[name] = {site: (f.rank, f.layers) for site, f in factors.items()}
+        self._extent[name] = jax.eval_shape(lambda: dict(factors))
 
     def _padded(self, name: str, factors: Mapping[str, LowRank]) -> dict[str, LowRank]:
         """One slot's arrays on the host: a [L, r, h], b [L, r, o], scale [L] at every site.
