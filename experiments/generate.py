@@ -26,6 +26,7 @@ SEED = flags.DEFINE_integer("seed", 0, "Of the sampling.")
 
 def main(_: Sequence[str]) -> None:
     # Imported here so that --help and mistyped flags answer at once.
+    from mos_jax.data import prompt_text
     from mos_jax.errors import InputError
     from mos_jax.finished import load_finished
     from mos_jax.models.generation import Sampling, generate
@@ -35,11 +36,14 @@ def main(_: Sequence[str]) -> None:
     sampling = Sampling.create(MAX_NEW_TOKENS.value, TEMPERATURE.value, TOP_P.value, SEED.value)
     finished = load_finished(ADAPTER.value, BASE.value, DTYPE.value)
     tokenizer, model = finished.base.tokenizer, finished.base.model
-    texts = list(PROMPT.value)
-    if not RAW.value:
+    if RAW.value:
+        start = tokenizer.text_start
+        texts = [text if text.startswith(start) else start + text for text in PROMPT.value]
+    else:
         system = [{"role": "system", "content": SYSTEM.value}] if SYSTEM.value else []
         texts = [
-            tokenizer.render([*system, {"role": "user", "content": text}], True) for text in texts
+            prompt_text([*system, {"role": "user", "content": text}], tokenizer)
+            for text in PROMPT.value
         ]
     prompts = [tokenizer.encode(text) for text in texts]
     answers = {}

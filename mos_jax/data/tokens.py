@@ -44,6 +44,11 @@ class Tokenizer(Protocol):
         """Whether `render` can be called."""
         ...
 
+    @property
+    def text_start(self) -> str:
+        """What a text begins with that `render` did not write: a special token, or nothing."""
+        ...
+
     def encode(self, text: str) -> list[int]:
         """Returns the ids of `text`; special tokens written in it become their ids."""
         ...
@@ -107,10 +112,14 @@ def prompt_text(messages: Sequence[Message], tokenizer: Tokenizer) -> str:
     """Returns the text after which the model writes the answer to `messages`.
 
     With a chat template: the rendered conversation and the opening of an assistant turn. Without
-    one: the contents, each followed by a newline.
+    one: `text_start` and the contents, each followed by a newline.
     """
     if tokenizer.has_chat_template:
         return tokenizer.render(messages, True)
+    return tokenizer.text_start + _lines(messages)
+
+
+def _lines(messages: Sequence[Message]) -> str:
     return "".join(message["content"] + "\n" for message in messages)
 
 
@@ -123,7 +132,7 @@ def _after_answer(
     """
     messages = example.messages
     if not tokenizer.has_chat_template:
-        return "\n" + prompt_text(messages[turn + 1 : following], tokenizer)
+        return "\n" + _lines(messages[turn + 1 : following])
     whole = tokenizer.render(messages[:following], True)
     end = tokenizer.decode([tokenizer.end_of_turn], skip_special=False)
     start = before + messages[turn]["content"] + end

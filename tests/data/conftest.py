@@ -15,8 +15,9 @@ class ByteTokenizer:
     end_of_turn = 257
     pad = 258
 
-    def __init__(self, has_chat_template: bool = True) -> None:
+    def __init__(self, has_chat_template: bool = True, text_start: str = "") -> None:
         self.has_chat_template = has_chat_template
+        self.text_start = text_start
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = []

@@ -14,6 +14,7 @@ from mos_jax.data import (
     tokenize_example,
 )
 from mos_jax.errors import InputError
+from tests.data.conftest import ByteTokenizer
 
 
 def conversation(*contents: str) -> Example:
@@ -60,6 +61,17 @@ def test_without_a_chat_template(plain_tokenizer: Tokenizer) -> None:
     text = plain_tokenizer.decode([int(t) for t in made.tokens], skip_special=False)
     assert text == "q\none</s>\nr\ntwo</s>"
     assert prompt_text(example.messages[:1], plain_tokenizer) == "q\n"
+
+
+def test_a_text_start_stands_once_and_only_without_a_template(tokenizer: Tokenizer) -> None:
+    example = conversation("q", "one", "r", "two")
+    plain = ByteTokenizer(has_chat_template=False, text_start="<s>")
+    made = tokenize_example(example, plain)
+    text = plain.decode([int(t) for t in made.tokens], skip_special=False)
+    assert text == "<s>q\none</s>\nr\ntwo</s>"
+    assert prompt_text(example.messages[:1], plain) == "<s>q\n"
+    with_both = ByteTokenizer(has_chat_template=True, text_start="<pad>")
+    assert prompt_text(example.messages, with_both) == prompt_text(example.messages, tokenizer)
 
 
 def test_a_template_that_rewrites_earlier_turns(tokenizer: Tokenizer) -> None:

@@ -1,5 +1,6 @@
 """Writes weights as the files the readers read, from the formats' own definitions."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from safetensors.numpy import save_file
 
 from mos_jax.models import gguf as gguf_reader
 from mos_jax.models import huggingface
-from mos_jax.models.config import DecoderConfig, RopeScaling
+from mos_jax.models.config import DecoderConfig, LinearScaling, RopeScaling
+from mos_jax.models.rope import inverse_frequencies
 from mos_jax.models.tokenizer import CHATML
 
 _SAFETENSORS_TYPES = {
@@ -101,6 +103,54 @@ def _interleave(rows: np.ndarray, num_heads: int) -> np.ndarray:
     return out
 
 
+def quantise(array: np.ndarray, kind: str) -> np.ndarray:
+    """Returns the bytes of `array` in type `kind`.
+
+    Where the `gguf` package cannot quantise (the K types), these are those of random valid blocks
+    about as large as `array`, and the values are what `gguf.dequantize` makes of them.
+    """
+    stored = gguf.GGMLQuantizationType[kind]
+    try:
+        return gguf.quantize(array, stored)
+    except NotImplementedError:
+        block, size = gguf.GGML_QUANT_SIZES[stored]
+        rng = np.random.default_rng(array.size)
+        rows, count = array.shape[0], array.shape[1] // block
+        data = rng.integers(0, 256, (rows, count, size), np.uint8)
+        # The half-precision scales of a block; the numbers they multiply are below 2^11 together.
+        scales = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
+        for at in scales[kind]:
+            scale = rng.uniform(0.5, 1, (rows, count)) * array.std() / 256
+            data[:, :, at : at + 2] = scale.astype(np.float16)[:, :, None].view(np.uint8)
+        return data.reshape(rows, -1)
+
+
+def gguf_numbers(config: DecoderConfig) -> dict:
+    """Returns the metadata of a config, as llama.cpp's converter writes them."""
+    architecture = "llama" if config.family == "mistral" else config.family
+    numbers: dict = {
+        "block_count": config.num_layers,
+        "context_length": config.max_positions,
+        "embedding_length": config.d_model,
+        "feed_forward_length": config.d_ff,
+        "attention.head_count": config.num_heads,
+        "attention.head_count_kv": config.num_kv_heads,
+        "attention.key_length": config.head_dim,
+        "attention.value_length": config.head_dim,
+        "rope.freq_base": float(config.rope_base),
+        "attention.layer_norm_rms_epsilon": config.rms_eps,
+        "vocab_size": config.vocab_size,
+        "rope.dimension_count": config.head_dim,
+    }
+    if architecture == "gemma3" and config.window is not None:
+        numbers["attention.sliding_window"] = config.window
+    if isinstance(config.rope_scaling, LinearScaling):
+        numbers["rope.scaling.type"] = "linear"
+        numbers["rope.scaling.factor"] = config.rope_scaling.factor
+    named = {f"{architecture}.{key}": value for key, value in numbers.items()}
+    return named | {"general.name": config.name}
+
+
 def write_gguf(
     path: Path,
     config: DecoderConfig,
@@ -112,28 +162,14 @@ def write_gguf(
     vocabulary: bool = False,
     pre: str = "smollm",
 ) -> Path:
-    """Writes a GGUF file with its matrices in type `kind`; norms are F32.
+    """Writes a GGUF file with its matrices in type `kind`; norms and biases are F32.
 
-    `fields` adds metadata (int, float, bool, str), `extra` adds or replaces tensors, `drop` leaves
-    tensors or metadata out, and `vocabulary` writes a tokenizer of 259 tokens and one merge.
+    `fields` adds metadata (int, float, bool, str, list), `extra` adds or replaces tensors, `drop`
+    leaves tensors or metadata out, and `vocabulary` writes a tokenizer of 259 tokens and one merge.
     """
-    writer = gguf.GGUFWriter(path, "llama")
-    numbers: dict = {
-        "llama.block_count": config.num_layers,
-        "llama.context_length": config.max_positions,
-        "llama.embedding_length": config.d_model,
-        "llama.feed_forward_length": config.d_ff,
-        "llama.attention.head_count": config.num_heads,
-        "llama.attention.head_count_kv": config.num_kv_heads,
-        "llama.attention.key_length": config.head_dim,
-        "llama.attention.value_length": config.head_dim,
-        "llama.rope.freq_base": float(config.rope_base),
-        "llama.attention.layer_norm_rms_epsilon": config.rms_eps,
-        "llama.vocab_size": config.vocab_size,
-        "llama.rope.dimension_count": config.head_dim,
-        "general.name": config.name,
-    }
-    for key, value in (numbers | (fields or {})).items():
+    architecture = "llama" if config.family == "mistral" else config.family
+    writer = gguf.GGUFWriter(path, architecture)
+    for key, value in (gguf_numbers(config) | (fields or {})).items():
         if key in drop:
             continue
         if isinstance(value, bool):
@@ -142,6 +178,8 @@ def write_gguf(
             writer.add_uint32(key, value)
         elif isinstance(value, float):
             writer.add_float32(key, value)
+        elif isinstance(value, list):
+            writer.add_array(key, value)
         else:
             writer.add_string(key, value)
     if vocabulary:
@@ -155,18 +193,22 @@ def write_gguf(
         writer.add_bos_token_id(1)
         writer.add_eos_token_id(2)
         writer.add_chat_template(CHATML)
-    tensors = in_file_order(config, weights, gguf_reader.tensor_names(config)) | (extra or {})
-    for name, array in tensors.items():
+    tensors = in_file_order(config, weights, gguf_reader.tensor_names(config))
+    if isinstance(config.rope_scaling, RopeScaling):
+        plain = dataclasses.replace(config, rope_scaling=None)
+        factors = inverse_frequencies(plain) / inverse_frequencies(config)
+        tensors["rope_freqs.weight"] = factors
+    for name, array in (tensors | (extra or {})).items():
         if name in drop:
             continue
-        if name.endswith("attn_q.weight"):
+        if architecture == "llama" and name.endswith("attn_q.weight"):
             array = _interleave(array, config.num_heads)
-        elif name.endswith("attn_k.weight"):
+        elif architecture == "llama" and name.endswith("attn_k.weight"):
             array = _interleave(array, config.num_kv_heads)
-        stored = (
-            gguf.GGMLQuantizationType.F32 if array.ndim == 1 else gguf.GGMLQuantizationType[kind]
+        stored = "F32" if array.ndim == 1 else kind
+        writer.add_tensor(
+            name, quantise(array, stored), raw_dtype=gguf.GGMLQuantizationType[stored]
         )
-        writer.add_tensor(name, gguf.quantize(array, stored), raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

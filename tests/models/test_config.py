@@ -4,7 +4,6 @@ import pytest
 
 from mos_jax.errors import InputError
 from mos_jax.models.config import SITES, DecoderConfig, LinearScaling, RopeScaling
-from mos_jax.models.gguf_config import config_from_gguf
 from mos_jax.models.huggingface_config import config_from_huggingface
 from mos_jax.models.known import KNOWN_CONFIGS, known_config
 from mos_jax.models.tiny import tiny_config
@@ -186,56 +185,3 @@ def test_huggingface_defaults_of_absent_fields():
 def test_huggingface_refuses_by_name(change, message):
     with pytest.raises(InputError, match=message):
         config_from_huggingface(huggingface_config(tiny_config()) | change)
-
-
-def gguf_fields(**changes):
-    keys = {
-        "block_count": 2,
-        "context_length": 512,
-        "embedding_length": 64,
-        "feed_forward_length": 128,
-        "attention.head_count": 4,
-        "attention.head_count_kv": 2,
-        "attention.layer_norm_rms_epsilon": 9.999999747378752e-06,
-        "rope.freq_base": 10000.0,
-    }
-    result = {f"llama.{key}": value for key, value in (keys | changes).items()}
-    result |= {"general.architecture": "llama", "tokenizer.ggml.tokens": ["x"] * 320}
-    return {key: value for key, value in result.items() if value is not None}
-
-
-def test_gguf_config():
-    config = config_from_gguf(
-        gguf_fields() | {"general.name": "tiny-random"}, ["token_embd.weight"]
-    )
-    assert config == dataclasses.replace(tiny_config(), name="tiny-random")
-    untied = config_from_gguf(gguf_fields(**{"attention.head_count_kv": None}), ["output.weight"])
-    assert (untied.tied_embeddings, untied.num_kv_heads, untied.name) == (False, 4, "llama")
-    scaled = {"rope.scaling.type": "none", "rope.scaling.factor": 2.0}
-    assert config_from_gguf(gguf_fields(**scaled), []).rope_scaling is None
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"rope.scaling.type": "linear"}, "llama.rope.scaling.type = 'linear'"),
-        ({"rope.scaling.factor": 4.0}, "llama.rope.scaling.factor"),
-        ({"expert_count": 8}, "llama.expert_count = 8"),
-        ({"rope.dimension_count": 8}, "rope.dimension_count = 8"),
-        ({"attention.value_length": 32}, "attention.value_length = 32"),
-        ({"attention.head_count": [4, 4]}, "attention.head_count"),
-        ({"block_count": None}, "block_count is missing"),
-        ({"attention.layer_norm_rms_epsilon": None}, "rms_epsilon is missing"),
-        ({"rope.freq_base": 1e300}, "rope_base = inf"),
-    ],
-)
-def test_gguf_refuses_by_name(change, message):
-    with pytest.raises(InputError, match=message):
-        config_from_gguf(gguf_fields(**change), [])
-
-
-def test_gguf_refuses_other_architectures_and_scaled_frequencies():
-    with pytest.raises(InputError, match=r"general\.architecture = 'qwen2'"):
-        config_from_gguf(gguf_fields() | {"general.architecture": "qwen2"}, [])
-    with pytest.raises(InputError, match=r"rope_freqs\.weight"):
-        config_from_gguf(gguf_fields(), ["rope_freqs.weight"])

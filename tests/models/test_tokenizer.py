@@ -131,8 +131,8 @@ def test_gguf_tokenizer_with_merges(gguf_file):
 
 
 def test_gguf_tokenizer_refusals(gguf_file, tmp_path):
-    with pytest.raises(InputError, match=r"tokenizer\.ggml\.pre = 'llama-bpe'"):
-        Tokenizer.from_gguf(gguf_file(pre="llama-bpe"))
+    with pytest.raises(InputError, match=r"tokenizer\.ggml\.pre = 'tekken'.*'qwen2'"):
+        Tokenizer.from_gguf(gguf_file(pre="tekken"))
     with pytest.raises(InputError, match=r"tokenizer\.ggml\.model = None"):
         Tokenizer.from_gguf(write_gguf(tmp_path / "no.gguf", CONFIG, tiny_weights(CONFIG)))
     with pytest.raises(InputError, match="No such file"):
@@ -177,6 +177,45 @@ def test_folder(folder):
     changed = Tokenizer.from_folder(folder)
     assert changed.fingerprint() != first
     assert changed.render(CHAT) == "<|im_end|>"
+
+
+def test_the_template_decides_what_ends_a_turn(folder):
+    # As Gemma's and Qwen's files have it: what ends a text is not what ends a turn.
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|pad|>"}))
+    assert Tokenizer.from_folder(folder).end_of_turn == 258
+    turns = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + ' <|im_end|>' }}"
+    for template, end in (
+        (turns + "{% endfor %}", 258),
+        (turns.replace(" <|im_end|>", "<|im_start|><|im_end|>") + "{% endfor %}", 257),
+        (turns.replace("<|im_end|>", "the <|im_end|>") + "{% endfor %}", 256),
+        ("{{ raise_exception('tools only') }}", 256),
+    ):
+        (folder / "chat_template.jinja").write_text(template)
+        assert Tokenizer.from_folder(folder).end_of_turn == end
+    (folder / "chat_template.jinja").unlink()
+    assert Tokenizer.from_folder(folder).end_of_turn == 256
+
+
+def test_text_start_is_what_the_post_processor_puts_first(folder):
+    assert (BYTES.text_start, Tokenizer.from_folder(folder).text_start) == ("", "")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    begin = {"id": "<|im_start|>", "ids": [257], "tokens": ["<|im_start|>"]}
+    single = [{"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}]
+    single += [{"Sequence": {"id": "A", "type_id": 0}}]
+    content["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": [],
+        "special_tokens": {"<|im_start|>": begin},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    assert Tokenizer.from_folder(folder).text_start == ""  # the files name no bos
+    settings = {"eos_token": "<|im_end|>", "bos_token": "<|im_start|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = Tokenizer.from_folder(folder)
+    assert tokenizer.text_start == "<|im_start|>"
+    assert tokenizer.encode("a") == [97]  # still, nothing is added
+    assert tokenizer.encode(tokenizer.text_start + "a") == [257, 97]
 
 
 def test_folder_ignores_truncation_and_padding(folder):
