@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import jax
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mos_jax.adapters import patterns
 from mos_jax.adapters.low_rank import LowRank
 from mos_jax.adapters.sites import Sites, SiteShape, check_sites
 from mos_jax.errors import InputError, suggest
@@ -35,10 +37,33 @@ class AdapterConfig(abc.ABC):
     Attributes:
       method: the method's name.
       size_field: the field that decides how much is trained; see `budget.fit`.
+      no_pattern: by name, a pattern that the method refuses, and why.
+      rank_pattern: by regular expression, the rank of the sites whose module it matches the end
+        of; the others have `rank`. See `patterns.py`.
+      alpha_pattern: the same for alpha.
     """
 
     method: ClassVar[str]
     size_field: ClassVar[str] = "rank"
+    no_pattern: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("rank_pattern", "alpha_pattern"), "all its sites are alike"
+    )
+
+    rank_pattern: Mapping[str, int] = dataclasses.field(default=patterns.NONE, kw_only=True)
+    alpha_pattern: Mapping[str, float] = dataclasses.field(default=patterns.NONE, kw_only=True)
+
+    def __post_init__(self) -> None:
+        """Checks the patterns. Raises InputError."""
+        for field in ("rank_pattern", "alpha_pattern"):
+            pattern = patterns.make_pattern(getattr(self, field), f"{self.method}: {field}")
+            if pattern and field in self.no_pattern:
+                raise InputError(f"{self.method}: no {field} here: {self.no_pattern[field]}")
+            for key, value in pattern.items():
+                if field == "rank_pattern":
+                    require_integer(self.method, f"{field}[{key!r}]", value, 1)
+                else:
+                    require_positive(self.method, f"{field}[{key!r}]", value)
+            object.__setattr__(self, field, pattern)
 
     @abc.abstractmethod
     def build(self, sites: Sites, key: jax.Array) -> Adapter:
@@ -57,7 +82,37 @@ class AdapterConfig(abc.ABC):
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values."""
-        return dataclasses.asdict(self)
+        fields = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
+        return {name: dict(v) if isinstance(v, Mapping) else v for name, v in fields}
+
+    def site_ranks(self, sites: Sites) -> dict[str, tuple[int, ...]]:
+        """The rank of every adapted block, by site type.
+
+        Raises:
+          InputError: if a key of `rank_pattern` matches none of the sites.
+        """
+        return self._by_block("rank", sites)
+
+    def site_alphas(self, sites: Sites) -> dict[str, tuple[float, ...]]:
+        """The alpha of every adapted block, by site type; for methods that have one.
+
+        Raises:
+          InputError: if a key of `alpha_pattern` matches none of the sites.
+        """
+        return self._by_block("alpha", sites)
+
+    def _by_block(self, field: str, sites: Sites) -> dict[str, tuple[Any, ...]]:
+        pattern, default = getattr(self, f"{field}_pattern"), getattr(self, field)
+        where = f"{self.method}: {field}_pattern"
+        return patterns.by_block(pattern, default, check_sites(sites), where)
+
+    def site_scales(self, sites: Sites) -> dict[str, tuple[float, ...]]:
+        """The scale of every adapted block, by site type: 1 unless a method says otherwise.
+
+        Raises:
+          InputError: as `site_ranks` and `site_alphas` do.
+        """
+        return {name: (1.0,) * site.num_layers for name, site in check_sites(sites).items()}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:
@@ -84,13 +139,25 @@ class Adapter(nnx.Module):
 
     def __init__(self, config: AdapterConfig, sites: Sites):
         self.config = config
-        # A tuple, since NNX keeps only hashable values outside its Variables.
+        # Tuples, since NNX keeps only hashable values outside its Variables.
         self._sites = tuple(check_sites(sites).items())
+        self._ranks = tuple(config.site_ranks(sites).items())
+        self._scales = tuple(config.site_scales(sites).items())
 
     @property
     def sites(self) -> dict[str, SiteShape]:
         """The adapted sites."""
         return dict(self._sites)
+
+    @property
+    def site_ranks(self) -> dict[str, tuple[int, ...]]:
+        """The configured rank of every adapted block, by site type."""
+        return dict(self._ranks)
+
+    @property
+    def site_scales(self) -> dict[str, tuple[float, ...]]:
+        """The scale of every adapted block, by site type."""
+        return dict(self._scales)
 
     def factors(self, layer: jax.Array | int | None = None) -> dict[str, LowRank]:
         """The low-rank factors of every site type.
@@ -98,7 +165,8 @@ class Adapter(nnx.Module):
         Args:
           layer: None for all adapted blocks (a [L, r, d_in], b [L, r, d_out], scale [L], fp32);
             or the index of one block of the model, which may be traced, for that block's own
-            (a [r, d_in], b [r, d_out], scale []). A block that is not adapted has scale 0.
+            (a [r, d_in], b [r, d_out], scale []). A block that is not adapted has scale 0. r is
+            the largest rank of the type; a block of a lower one ends in rows of zeros.
 
         Raises:
           InputError: if `layer` is a Python integer and the model cannot have that block.
@@ -110,8 +178,8 @@ class Adapter(nnx.Module):
         """`factors` of the one site type `name`."""
 
     def count_trained(self) -> int:
-        """Number of trained parameters."""
-        return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(self, nnx.Param)))
+        """Number of trained parameters, without the rows beyond a block's rank."""
+        return sum(self.count_trained_by_site().values())
 
     def count_trained_by_site(self) -> dict[str, int]:
         """Number of trained parameters of each site type.
@@ -122,8 +190,15 @@ class Adapter(nnx.Module):
         counts = dict.fromkeys(self.sites, 0)
         for path, variable in nnx.to_flat_state(nnx.state(self, nnx.Param)):
             owner = next((part for part in reversed(path) if part in self.sites), "shared")
-            counts[owner] = counts.get(owner, 0) + variable.get_value().size
+            array = variable.get_value()
+            beyond = self.padded_rows(str(path[0]), str(path[-1]))
+            size = array.size - (beyond and beyond * math.prod(array.shape[2:]))
+            counts[owner] = counts.get(owner, 0) + size
         return counts
+
+    def padded_rows(self, part: str, name: str) -> int:
+        """How many rows of the trained array `part/name`, [L, r, ...], no block has; 0 at first."""
+        return 0
 
     def count_served(self) -> int:
         """Number of values that one tenant adds to a server once training is done.
@@ -175,9 +250,14 @@ def local_layer(site: SiteShape, layer: jax.Array | int) -> tuple[jax.Array, jax
 
 
 def choose_blocks(
-    site: SiteShape, layer: jax.Array | int | None, scale: float
+    site: SiteShape, layer: jax.Array | int | None, scale: float | Sequence[float]
 ) -> tuple[jax.Array | slice, jax.Array, tuple[int, ...] | None]:
-    """What `site_factors(name, layer)` picks from arrays [L, ...] when `scale` is that of a site.
+    """What `site_factors(name, layer)` picks from arrays [L, ...].
+
+    Args:
+      site: the site type.
+      layer: see `Adapter.factors`.
+      scale: of all blocks, or of each.
 
     Returns:
       The index into the axis L, which is all of it when `layer` is None; the scale, fp32 [L] or
@@ -186,10 +266,14 @@ def choose_blocks(
     Raises:
       InputError: as `local_layer` does.
     """
+    if not isinstance(scale, Sequence):
+        scale = (scale,) * site.num_layers
+    one = not patterns.differ(scale)
     if layer is None:
-        return slice(None), jnp.full((site.num_layers,), scale, jnp.float32), site.layers
+        every = jnp.full(len(scale), scale[0], jnp.float32) if one else jnp.float32(scale)
+        return slice(None), every, site.layers
     index, adapted = local_layer(site, layer)
-    return index, adapted * scale, None
+    return index, adapted * (scale[0] if one else jnp.float32(scale)[index]), None
 
 
 def site_key(key: jax.Array, name: str, part: str) -> jax.Array:

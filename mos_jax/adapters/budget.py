@@ -56,8 +56,9 @@ def fit(method: str, sites: Sites, budget: int, /, **fixed: Any) -> Fitted:
       **fixed: other fields of the method's configuration.
 
     Raises:
-      InputError: for an unknown method or field, a size that is fixed, a setting that does not fit
-        the sites, or a budget below the method's smallest setting, which is named with its count.
+      InputError: for an unknown method or field, a size that is fixed, as it is where
+        `rank_pattern` names all sites, a setting that does not fit the sites, or a budget below
+        the method's smallest setting, which is named with its count.
     """
     if method not in METHODS:
         raise InputError(f"unknown method {method!r}; {suggest(method, METHODS)}")
@@ -82,6 +83,13 @@ def fit(method: str, sites: Sites, budget: int, /, **fixed: Any) -> Fitted:
         raise InputError(
             f"budget: {method} cannot keep a budget of {budget} trained parameters here; its "
             f"smallest setting, {field}={smallest}, has {least}"
+        )
+    if field == "rank" and setting(smallest).site_ranks(sites) == setting(smallest + 1).site_ranks(
+        sites
+    ):
+        raise InputError(
+            f"budget: rank decides nothing for {method} here, since "
+            f"rank_pattern={fixed['rank_pattern']!r} names every site; leave a site out of it"
         )
     size, trained = _largest_within(count, budget, smallest, least)
     return Fitted(setting(size), trained, trained / budget)

@@ -25,6 +25,7 @@ from mos_jax.adapters.adapter import (
     uniform_fan_in,
 )
 from mos_jax.adapters.low_rank import LowRank
+from mos_jax.adapters.patterns import keep_ranks, missing_rows, zero_tails
 from mos_jax.adapters.sites import Sites
 
 
@@ -33,14 +34,16 @@ class LoRAConfig(AdapterConfig):
     """Configuration of LoRA.
 
     Attributes:
-      rank: r, rank vectors of every site.
-      alpha: the scale is alpha / rank, or alpha / sqrt(rank) with `rslora`.
+      rank: r, rank vectors of every site that `rank_pattern` does not name.
+      alpha: the scale is alpha / rank, or alpha / sqrt(rank) with `rslora`, of the rank and the
+        alpha that a site has.
       rslora: rank-stabilised scale.
       b_rate_ratio: B learns at this multiple of the learning rate (LoRA+, Hayou et al., ICML 2024,
         arXiv 2402.12354).
     """
 
     method: ClassVar[str] = "lora"
+    no_pattern: ClassVar[Mapping[str, str]] = {}
 
     rank: int = 8
     alpha: float = 16.0
@@ -49,6 +52,7 @@ class LoRAConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         """Checks the fields. Raises InputError."""
+        super().__post_init__()
         require_integer("lora", "rank", self.rank, 1)
         require_positive("lora", "alpha", self.alpha)
         require_bool("lora", "rslora", self.rslora)
@@ -56,8 +60,16 @@ class LoRAConfig(AdapterConfig):
 
     @property
     def scale(self) -> float:
-        """The scale s in y = x W + s (x A^T) B."""
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+        """The scale s in y = x W + s (x A^T) B of a site that no pattern names."""
+        return self._scale(self.alpha, self.rank)
+
+    def _scale(self, alpha: float, rank: int) -> float:
+        return alpha / (math.sqrt(rank) if self.rslora else rank)
+
+    def site_scales(self, sites: Sites) -> dict[str, tuple[float, ...]]:
+        """See base class."""
+        ranks, alphas = self.site_ranks(sites), self.site_alphas(sites)
+        return {name: tuple(map(self._scale, alphas[name], ranks[name])) for name in ranks}
 
     def rate_ratios(self) -> Mapping[str, float]:
         """See base class."""
@@ -69,21 +81,31 @@ class LoRAConfig(AdapterConfig):
 
 
 class LoRA(Adapter):
-    """A [L, r, h] ~ U(-1/sqrt(h), 1/sqrt(h)) and B [L, r, o] = 0 for every site type."""
+    """A [L, r, h] ~ U(-1/sqrt(h), 1/sqrt(h)) and B [L, r, o] = 0 for every site type.
+
+    r is the largest rank of the type; the rows beyond a block's rank are zeros.
+    """
 
     config: LoRAConfig
 
     def __init__(self, config: LoRAConfig, sites: Sites, key: jax.Array):
         super().__init__(config, sites)
-        r = config.rank
         self.a: nnx.Dict = nnx.Dict()
         self.b: nnx.Dict = nnx.Dict()
         for name, site in self.sites.items():
+            ranks = self.site_ranks[name]
+            r = max(ranks)
             shape = (site.num_layers, r, site.d_in)
-            self.a[name] = nnx.Param(uniform_fan_in(site_key(key, name, "a"), shape, site.d_in))
+            a = uniform_fan_in(site_key(key, name, "a"), shape, site.d_in)
+            self.a[name] = nnx.Param(zero_tails(a, ranks))
             self.b[name] = nnx.Param(jnp.zeros((site.num_layers, r, site.d_out), jnp.float32))
 
     def site_factors(self, name: str, layer: jax.Array | int | None = None) -> LowRank:
         """See base class."""
-        index, scale, layers = choose_blocks(self.sites[name], layer, self.config.scale)
-        return LowRank(self.a[name][index], self.b[name][index], scale, layers)
+        index, scale, layers = choose_blocks(self.sites[name], layer, self.site_scales[name])
+        factors = LowRank(self.a[name][index], self.b[name][index], scale, layers)
+        return keep_ranks(factors, self.site_ranks[name], index)
+
+    def padded_rows(self, part: str, name: str) -> int:
+        """See base class."""
+        return missing_rows(self.site_ranks[name]) if part in ("a", "b") else 0

@@ -33,16 +33,19 @@ class LowRank:
       b: fp32 [L, r, o] or [r, o]; inside a block also [B, r, o].
       scale: fp32 [L] or [], or [B]. An array, so that it scans, maps and may differ by block.
       layers: the blocks of the model that the L entries stand for; None = all, in order. Static.
+      ranks: the rank of each of the L entries where they differ: below r, an entry ends in rows
+        of zeros that are no part of it; None = r for all. Static.
     """
 
     a: jax.Array
     b: jax.Array
     scale: jax.Array
     layers: tuple[int, ...] | None = dataclasses.field(default=None, metadata={"static": True})
+    ranks: tuple[int, ...] | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def rank(self) -> int:
-        """Number of rank vectors, r."""
+        """Number of rank vectors, r; of the entry that has most, where they differ."""
         return self.a.shape[-2]
 
     def count(self) -> int:
@@ -104,7 +107,7 @@ class LowRank:
         """Spreads the factors of some blocks over all `num_layers`; the others get zeros.
 
         Returns:
-          a [num_layers, r, h], b [num_layers, r, o], scale [num_layers], `layers` None.
+          a [num_layers, r, h], b [num_layers, r, o], scale [num_layers], `layers` and `ranks` None.
 
         Raises:
           InputError: if the factors are those of one block, or of blocks that a model of
@@ -112,7 +115,7 @@ class LowRank:
         """
         self._check_blocks((num_layers,))
         if self.layers is None:
-            return self
+            return dataclasses.replace(self, ranks=None)
         rows = jnp.asarray(self.layers)
 
         def spread(array: jax.Array) -> jax.Array:

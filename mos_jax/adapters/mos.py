@@ -110,6 +110,7 @@ class MoSConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         """Checks what can be checked without the sites. Raises InputError."""
+        super().__post_init__()
         require_integer("mos", "equivalent_rank", self.equivalent_rank, 1)
         require_integer("mos", "shards_per_vector", self.shards_per_vector, 1)
         require_integer("mos", "private_rank", self.private_rank, 0)

@@ -56,6 +56,7 @@ class PRoLoRAConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         """Checks the fields. Raises InputError."""
+        super().__post_init__()
         require_integer("prolora", "rank", self.rank, 1)
         require_integer("prolora", "unshared_rank", self.unshared_rank, 0)
         require_integer("prolora", "chunks_a", self.chunks_a, 1)

@@ -53,6 +53,7 @@ class RaSAConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         """Checks the fields. Raises InputError."""
+        super().__post_init__()
         require_integer("rasa", "rank", self.rank, 1)
         require_integer("rasa", "shared_rank", self.shared_rank, 1)
         require_positive("rasa", "alpha", self.alpha)

@@ -48,6 +48,7 @@ class ShareLoRAConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         """Checks the fields. Raises InputError."""
+        super().__post_init__()
         require_integer("share_lora", "rank", self.rank, 1)
         require_positive("share_lora", "alpha", self.alpha)
         if self.shared not in ("a", "b"):

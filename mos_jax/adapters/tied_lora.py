@@ -58,6 +58,7 @@ class TiedLoRAConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         """Checks the fields. Raises InputError."""
+        super().__post_init__()
         require_integer("tied_lora", "rank", self.rank, 1)
         require_bool("tied_lora", "tie_qkv", self.tie_qkv)
         require_positive("tied_lora", "alpha", self.alpha)

@@ -66,6 +66,7 @@ class UniLoRAConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         """Checks the fields. Raises InputError."""
+        super().__post_init__()
         require_integer("uni_lora", "theta_length", self.theta_length, 1)
         require_integer("uni_lora", "rank", self.rank, 1)
         require_integer("uni_lora", "routing_seed", self.routing_seed, 0)

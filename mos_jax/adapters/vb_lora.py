@@ -62,6 +62,7 @@ class VBLoRAConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         """Checks the fields. Raises InputError."""
+        super().__post_init__()
         for field in ("rank", "num_vectors", "vector_length", "top_k"):
             require_integer("vb_lora", field, getattr(self, field), 1)
         require_positive("vb_lora", "logits_rate_ratio", self.logits_rate_ratio)

@@ -62,6 +62,7 @@ class VeRAConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         """Checks the fields. Raises InputError."""
+        super().__post_init__()
         require_integer("vera", "rank", self.rank, 1)
         require_finite("vera", "d_initial", self.d_initial)
         if self.d_initial == 0:

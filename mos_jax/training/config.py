@@ -7,6 +7,7 @@ these dataclasses, checking every value, before anything is loaded, compiled or 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import typing
 from collections.abc import Mapping
@@ -23,6 +24,10 @@ from mos_jax.errors import InputError, suggest
 SCHEDULES = ("linear", "cosine", "constant")
 # Fields that may differ when a run is resumed: none changes what was computed so far.
 MAY_CHANGE = ("training.steps", "evaluation", "logging", "checkpoint")
+
+
+# Fields of an adapter that map names to values.
+PATTERNS = {"rank_pattern", "alpha_pattern"}
 
 
 class Section:
@@ -262,6 +267,8 @@ class RunConfig:
         method = adapter.pop("method", None)
         if method is None:
             raise InputError("config: adapter.method is missing; for example 'mos' or 'lora'")
+        for name in PATTERNS & set(adapter):
+            adapter[name] = _pattern(f"config: adapter.{name}", adapter[name])
         sections["adapter"] = make_config(method, adapter)
         sections["data"] = DataConfig.create(**config.get("data", {}))
         return cls(**sections)
@@ -276,7 +283,8 @@ class RunConfig:
 def default_config(method: str = "mos", **adapter: Any) -> ConfigDict:
     """All sections with their defaults as a `ConfigDict`, for the files in `configs/`.
 
-    Fields that are None by default become placeholders, so that flags can set them.
+    Fields that are None by default become placeholders, so that flags can set them. Patterns of
+    ranks and alphas are JSON objects as text, since their keys may hold dots.
 
     Args:
       method: name of the method.
@@ -293,8 +301,20 @@ def default_config(method: str = "mos", **adapter: Any) -> ConfigDict:
     for name, value in adapter.items():
         if name not in config.adapter:
             raise InputError(f"{method}: unknown field {name!r}; {suggest(name, config.adapter)}")
-        config.adapter[name] = value
+        config.adapter[name] = json.dumps(dict(value)) if name in PATTERNS else value
     return config
+
+
+def _pattern(where: str, value: Any) -> Any:
+    """A pattern that may be written as JSON, with empty text for none; its values unchecked."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value) if value.strip() else {}
+    except ValueError as error:
+        raise InputError(
+            f"{where} must be a JSON object, such as '{{\"q_proj\": 4}}' ({error}), got {value!r}"
+        ) from None
 
 
 def default_adapter(method: str) -> dict[str, Any]:
@@ -319,6 +339,8 @@ def _fields(section: type) -> dict[str, Any]:
             kinds = [kind for kind in typing.get_args(hints[field.name]) if kind is not type(None)]
             simple = kinds[0] if isinstance(kinds[0], type) else str
             default = config_dict.placeholder(simple)
+        elif field.name in PATTERNS:
+            default = ""
         found[field.name] = default
     return found
 

@@ -16,6 +16,7 @@ from mos_jax.adapters.prolora import PRoLoRAConfig
 from mos_jax.adapters.rasa import RaSAConfig
 from mos_jax.adapters.share_lora import ShareLoRAConfig
 from mos_jax.adapters.sites import SITE_TYPES, select_sites
+from mos_jax.adapters.storage import adapter_arrays, with_arrays
 from mos_jax.adapters.tied_lora import TiedLoRAConfig
 from mos_jax.adapters.uni_lora import UniLoRAConfig
 from mos_jax.adapters.vb_lora import VBLoRAConfig
@@ -74,6 +75,16 @@ EXPORTED: dict[str, tuple[Any, dict[str, Any]]] = {
     "lora": (LoRAConfig(rank=7, alpha=16.0), {}),
     "lora, one layer": (LoRAConfig(rank=4, alpha=3.5), {"layers": [0]}),
     "rslora": (LoRAConfig(rank=8, alpha=2.0, rslora=True), {}),
+    "lora, patterns": (
+        LoRAConfig(
+            rank=4,
+            alpha=3.0,
+            rslora=True,
+            rank_pattern={"layers.0.self_attn.q_proj": 2, "1.mlp.*": 1, "up_proj": 7},
+            alpha_pattern={"[kv]_proj": 1.5, "layers.1.*": 5},
+        ),
+        {},
+    ),
     # Neither number of chunks divides all widths.
     "prolora": (PRoLoRAConfig(rank=5, unshared_rank=1, chunks_a=3, chunks_b=5), {}),
     "rasa": (RaSAConfig(rank=3, shared_rank=2, alpha=6.0), {}),
@@ -202,6 +213,60 @@ class TestExport:
             for who in ("ours", "theirs")
         ]
         assert names[0] == names[1]
+
+
+class TestPatterns:
+    """The same arrays in a LoRA of PEFT and in one of ours with the same patterns."""
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"rank_pattern": {"layers.1.self_attn.q_proj": 2, r".*\.0\..*": 6}},
+            {"alpha_pattern": {"q_proj": 2, "0.mlp.down_proj": 40}, "use_rslora": True},
+            {
+                "rank_pattern": {"down_proj": 3, "self_attn.*": 5},
+                "alpha_pattern": {"layers.1.*": 1.5, "q_proj": 7},
+                "use_rslora": True,
+            },
+            {"rank_pattern": {"q_proj": 1}, "layers_to_transform": [1]},
+        ],
+    )
+    def test_ranks_scales_and_logits(self, decoder, options):
+        types = ("q_proj", "v_proj", "down_proj")
+        config = peft.LoraConfig(
+            r=4, lora_alpha=8, target_modules=list(types), task_type="CAUSAL_LM", **options
+        )
+        model = peft.get_peft_model(torch_model(CONFIG), config).eval()
+        ours = LoRAConfig(
+            4,
+            8,
+            options.get("use_rslora", False),
+            rank_pattern=options.get("rank_pattern", {}),
+            alpha_pattern=options.get("alpha_pattern", {}),
+        )
+        layers = options.get("layers_to_transform")
+        sites = select_sites(decoder.sites, types, layers=layers)
+        adapter = create_adapter(ours, sites, jax.random.key(0))
+        arrays = {name: array.copy() for name, array in adapter_arrays(adapter).items()}
+        torch.manual_seed(1)
+        for name, layer, module in adapted_modules(model, peft.tuners.lora.LoraLayer):
+            position = sites[name].blocks.index(layer)
+            rank = adapter.site_ranks[name][position]
+            assert module.r["default"] == rank
+            assert np.float32(module.scaling["default"]) == np.float32(
+                adapter.site_scales[name][position]
+            )
+            b = module.lora_B["default"].weight
+            with torch.no_grad():
+                b.normal_(0.0, 0.05)
+            a = module.lora_A["default"].weight.detach().numpy()
+            arrays[f"a/{name}"][position, :rank] = a
+            arrays[f"b/{name}"][position, :rank] = b.detach().numpy().T
+        factors = with_arrays(adapter, arrays).factors()
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        assert adapter.count_trained() == trained
+        assert distance(logits_of(decoder, factors), torch_logits(model)) < TOLERANCE
+        assert distance(logits_of(decoder), torch_logits(model)) > 0.01
 
 
 class TestRead:

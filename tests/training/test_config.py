@@ -3,8 +3,11 @@ import json
 from pathlib import Path
 
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
 from mos_jax import InputError
+from mos_jax.adapters.lora import LoRAConfig
 from mos_jax.training.config import RunConfig, check_resumable, default_config
 from tests.training.fixtures_training import tiny_mapping
 
@@ -115,4 +118,45 @@ def test_only_what_computes_nothing_new_may_change_on_resuming():
     new["training"]["learning_rate"] = 1.0
     new["adapter"]["rank"] = 4
     with pytest.raises(InputError, match=r"runs/x.*adapter.rank was 3, now 4.*learning_rate was"):
+        check_resumable(old, new, "runs/x")
+
+
+PATTERN = {"layers.0.self_attn.q_proj": 4, "down_proj": 1}
+
+
+def test_a_config_file_sets_patterns_as_dicts():
+    config = default_config("lora", rank_pattern=PATTERN)
+    config.adapter.alpha_pattern = '{"q_proj": 2.5}'
+    run = RunConfig.from_mapping(config.lock().to_dict())
+    assert run.adapter == LoRAConfig(rank_pattern=PATTERN, alpha_pattern={"q_proj": 2.5})
+    # As another run's config.json has it.
+    stored = json.loads(json.dumps(run.to_dict()))
+    assert stored["adapter"]["rank_pattern"] == PATTERN
+    assert RunConfig.from_mapping(stored).adapter == run.adapter
+
+
+def test_a_flag_sets_a_pattern_as_json(monkeypatch):
+    argv = ["program", f"--config.adapter.rank_pattern={json.dumps(PATTERN)}"]
+    monkeypatch.setattr("sys.argv", argv)  # Where the fields to define flags for are looked up.
+    values = flags.FlagValues()
+    holder = config_flags.DEFINE_config_dict("config", default_config("lora"), flag_values=values)
+    values(argv)
+    run = RunConfig.from_mapping(holder.value.to_dict())
+    assert run.adapter == LoRAConfig(rank_pattern=PATTERN)
+
+
+def test_a_pattern_that_is_no_json_object_is_named():
+    for text, words in (("q_proj=4", "must be a JSON object"), ("[4]", "must map names")):
+        config = default_config("lora")
+        config.adapter.rank_pattern = text
+        with pytest.raises(InputError, match=f"rank_pattern {words}"):
+            RunConfig.from_mapping(config.to_dict())
+
+
+def test_another_pattern_is_another_run():
+    old, new = (
+        RunConfig.from_mapping(default_config("lora", rank_pattern=pattern).to_dict()).to_dict()
+        for pattern in ({}, PATTERN)
+    )
+    with pytest.raises(InputError, match=r"adapter\.rank_pattern\.down_proj was None, now 1"):
         check_resumable(old, new, "runs/x")
