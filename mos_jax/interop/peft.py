@@ -173,20 +173,14 @@ def read_lora_factors(
             a[position, :r] = take(arrays, tensor_name(site, "A"), (r, shape.d_in))
             b[position, :r] = take(arrays, tensor_name(site, "B"), (shape.d_out, r)).T
         scale = np.array([config.scale(site) for site in own], np.float32)
-<<<<<<< HEAD
-        factors[name] = LowRank(jnp.asarray(a), jnp.asarray(b), jnp.asarray(scale), shape.layers)
-=======
-        layers = tuple(layer for _, layer in own)
-        whole = shape.layers is None and len(own) == shape.num_layers
         ranks = tuple(map(config.rank, own))
         factors[name] = LowRank(
             jnp.asarray(a),
             jnp.asarray(b),
             jnp.asarray(scale),
-            None if whole else layers,
+            shape.layers,
             ranks if differ(ranks) else None,
         )
->>>>>>> f00eb3f (LoRA with rank_pattern and alpha_pattern: ranks and alphas by module as PEFT matches them, so that adapters of differing ranks train, are counted and exported as what they are)
     return factors
 
 
@@ -271,8 +265,6 @@ def _checked(
     if low_rank.ranks is not None:
         _check_ranks(name, low_rank.ranks, a, b)
     return a, b, scale, layers
-<<<<<<< HEAD
-=======
 
 
 def _check_ranks(name: str, ranks: tuple[int, ...], a: np.ndarray, b: np.ndarray) -> None:
@@ -287,143 +279,3 @@ def _check_ranks(name: str, ranks: tuple[int, ...], a: np.ndarray, b: np.ndarray
             raise InputError(
                 f"factors of {name!r}: entry {position} has rank {r}, but a row beyond it is not 0"
             )
-
-
-def _check_destination(path: Path, overwrite: bool) -> None:
-    if path.exists() and not path.is_dir():
-        raise InputError(f"{path} is a file; give a folder")
-    if not path.exists() or not any(path.iterdir()):
-        return
-    if not overwrite:
-        raise InputError(f"{path} is not empty; set overwrite=True or choose another folder")
-    if not (path / CONFIG_FILE).is_file():
-        # Replacing removes the whole folder, which may be anything.
-        raise InputError(
-            f"{path} is not empty and not a PEFT adapter (no {CONFIG_FILE}), so it is not "
-            "overwritten; choose another folder"
-        )
-
-
-def _readme(
-    base_name: str,
-    ranks: Mapping[Site, int],
-    alphas: Mapping[Site, Number],
-    count: int,
-    card: Mapping[str, Any] | None,
-) -> str:
-    rows = []
-    for name in dict.fromkeys(name for name, _ in ranks):
-        own = [site for site in ranks if site[0] == name]
-        columns = (
-            [layer for _, layer in own],
-            sorted({ranks[site] for site in own}),
-            sorted({alphas[site] for site in own}),
-        )
-        cells = (", ".join(map(str, column)) for column in columns)
-        rows.append(f"| {name} | {' | '.join(cells)} |")
-    lines = [
-        "---",
-        f"base_model: {json.dumps(base_name)}",
-        "library_name: peft",
-        "pipeline_tag: text-generation",
-        "tags:",
-        f"- {json.dumps('base_model:adapter:' + base_name)}",
-        "- lora",
-        "- mos_jax",
-        "---",
-        "",
-        "# LoRA adapter",
-        "",
-        "The low-rank factors of an adapter that was trained with mos_jax, as they stand: they were"
-        " not approximated.",
-        f"Each site has matrices of its own here, {count} numbers together; a method that shares"
-        " parameters between sites trained fewer.",
-        "",
-        "## How it was trained",
-        "",
-        *_card_lines(card),
-        "",
-        "## Sites",
-        "",
-        "The scale of a site is alpha / rank.",
-        "",
-        "| site | blocks | rank | alpha |",
-        "| --- | --- | --- | --- |",
-        *rows,
-        "",
-        "## Use",
-        "",
-        "```python",
-        "from peft import PeftModel",
-        "from transformers import AutoModelForCausalLM",
-        "",
-        f"base = AutoModelForCausalLM.from_pretrained({json.dumps(base_name)})",
-        'model = PeftModel.from_pretrained(base, "<this folder>")',
-        "```",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _card_lines(card: Mapping[str, Any] | None) -> list[str]:
-    if not card:
-        return ["Not recorded."]
-    lines = []
-    for key, value in card.items():
-        try:
-            text = json.dumps(value, allow_nan=False, ensure_ascii=False)
-        except (TypeError, ValueError) as error:
-            raise InputError(
-                f"card: {key!r} is not a JSON value ({error}), got {value!r}"
-            ) from None
-        if isinstance(value, str):
-            text = " ".join(value.split())  # one line, so that it cannot open a heading
-        elif isinstance(value, (dict, list)):
-            text = f"`{text}`"
-        lines.append(f"- **{' '.join(str(key).split())}**: {text}")
-    return lines
-
-
-def _pickle_message(file: Path) -> str:
-    return (
-        f"{file} is a pickle, which can run code when read; convert it in its folder: "
-        'safetensors.torch.save_file(torch.load("adapter_model.bin", weights_only=True), '
-        f'"{ARRAYS_FILE}")'
-    )
-
-
-def _read_arrays(folder: Path) -> dict[str, np.ndarray]:
-    """All tensors of the folder, in their own dtypes."""
-    file = folder / ARRAYS_FILE
-    if not file.is_file():
-        if (folder / PICKLE_FILE).exists():
-            raise InputError(_pickle_message(folder / PICKLE_FILE))
-        raise InputError(f"no PEFT adapter at {folder}: {ARRAYS_FILE} is missing")
-    try:
-        with safe_open(file, framework="numpy") as tensors:
-            return {name: tensors.get_tensor(name) for name in tensors.keys()}
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{file} is not a whole safetensors file: {error}") from None
-
-
-def _check_names(folder: Path, arrays: Mapping[str, np.ndarray], wanted: set[str]) -> None:
-    for word, names in (("lacks", wanted - set(arrays)), ("has the extra", set(arrays) - wanted)):
-        if names:
-            some = sorted(names)[:3]
-            more = f" and {len(names) - len(some)} more" if len(names) > len(some) else ""
-            raise InputError(
-                f"{folder / ARRAYS_FILE} {word} tensor {', '.join(some)}{more}; {CONFIG_FILE} "
-                f"and the base's sites ask for {len(wanted)} others"
-            )
-
-
-def _take(arrays: Mapping[str, np.ndarray], name: str, shape: tuple[int, int]) -> np.ndarray:
-    array = arrays[name]
-    if array.shape != shape:
-        raise InputError(f"tensor {name} must be {list(shape)}, got {list(array.shape)}")
-    if array.dtype.name not in ("float32", "float16", "bfloat16"):
-        raise InputError(f"tensor {name} must be float32, float16 or bfloat16, got {array.dtype}")
-    array = array.astype(np.float32)
-    if not np.all(np.isfinite(array)):
-        raise InputError(f"tensor {name} holds values that are not finite")
-    return array
->>>>>>> f00eb3f (LoRA with rank_pattern and alpha_pattern: ranks and alphas by module as PEFT matches them, so that adapters of differing ranks train, are counted and exported as what they are)
