@@ -17,6 +17,9 @@ from mos_jax import app
 ADAPTER = flags.DEFINE_string("adapter", None, "Folder of the adapter.")
 BASE = flags.DEFINE_string("base", None, "Name or path of the base; default: the one trained on.")
 DTYPE = flags.DEFINE_string("dtype", "float32", "float32 or bfloat16.")
+QUANTIZE = flags.DEFINE_enum(
+    "quantize", "as_trained", ["as_trained", "none", "int8", "nf4"], "How to hold the base."
+)
 TASK = flags.DEFINE_string("task", None, "Another task, by name.")
 SPLIT = flags.DEFINE_enum("split", "test", ["train", "validation", "test"], "Which set.")
 EXAMPLES = flags.DEFINE_integer("examples", None, "How many questions; default: as trained, 256.")
@@ -31,10 +34,12 @@ def main(_: Sequence[str]) -> None:
     from mos_jax.evaluation.compare import compare, print_comparison, print_samples
     from mos_jax.finished import load_finished
 
-    finished = load_finished(ADAPTER.value, BASE.value, DTYPE.value)
+    finished = load_finished(ADAPTER.value, BASE.value, DTYPE.value, QUANTIZE.value)
     data = finished.data(TASK.value, SPLIT.value, EXAMPLES.value)
     result = compare(finished.base, finished.factors, data, SPLIT.value, MAX_NEW_TOKENS.value)
     console = Console()
+    if finished.note:
+        console.print(finished.note, highlight=False, markup=False)
     print_comparison(result, finished.method, console)
     print_samples(result, console)
     if OUT.value:

@@ -5,6 +5,7 @@ python experiments/generate.py --adapter=runs/q/adapter --prompt="..." --compare
 python experiments/generate.py --base=smollm2-135m-instruct --prompt="..." --temperature=0.8
 """
 
+import sys
 from collections.abc import Sequence
 
 from absl import flags
@@ -14,6 +15,9 @@ from mos_jax import app
 ADAPTER = flags.DEFINE_string("adapter", None, "Folder of the adapter; none = the base alone.")
 BASE = flags.DEFINE_string("base", None, "Name or path of the base; default: the one trained on.")
 DTYPE = flags.DEFINE_string("dtype", "float32", "float32 or bfloat16.")
+QUANTIZE = flags.DEFINE_enum(
+    "quantize", "as_trained", ["as_trained", "none", "int8", "nf4"], "How to hold the base."
+)
 PROMPT = flags.DEFINE_multi_string("prompt", None, "The user's turn; give it again for more.")
 SYSTEM = flags.DEFINE_string("system", None, "A system turn before it.")
 RAW = flags.DEFINE_bool("raw", False, "Continue the prompt as it stands, without chat template.")
@@ -34,7 +38,9 @@ def main(_: Sequence[str]) -> None:
     if not PROMPT.value:
         raise InputError('--prompt is missing; for example --prompt="Hello"')
     sampling = Sampling.create(MAX_NEW_TOKENS.value, TEMPERATURE.value, TOP_P.value, SEED.value)
-    finished = load_finished(ADAPTER.value, BASE.value, DTYPE.value)
+    finished = load_finished(ADAPTER.value, BASE.value, DTYPE.value, QUANTIZE.value)
+    if finished.note:
+        print(finished.note, file=sys.stderr)
     tokenizer, model = finished.base.tokenizer, finished.base.model
     if RAW.value:
         start = tokenizer.text_start

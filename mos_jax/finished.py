@@ -14,12 +14,17 @@ from mos_jax.adapters.adapter import Adapter
 from mos_jax.adapters.storage import AdapterCard, load_adapter, read_card
 from mos_jax.data.config import DataConfig
 from mos_jax.data.load import Data, load_data
-from mos_jax.errors import InputError
+from mos_jax.errors import InputError, suggest
 from mos_jax.interop.check import largest_logit_difference, probe_tokens
 from mos_jax.interop.peft import export_peft, read_peft_factors
 from mos_jax.interop.peft_folder import ARRAYS_FILE
 from mos_jax.models.base import Base, load_base
 from mos_jax.models.projection import Factors
+from mos_jax.models.quantized import SCHEMES
+
+# Ways to store the weights of the base that an adapter is loaded with.
+AS_TRAINED = "as_trained"
+QUANTIZE = (AS_TRAINED, "none", *SCHEMES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +59,19 @@ class Finished:
     adapter: Adapter | None
     card: AdapterCard | None
     factors: Factors | None
+
+    @property
+    def note(self) -> str | None:
+        """What to know of how base and adapter go together; None where nothing is to be said."""
+        if self.card is None:
+            return None
+        trained, used = trained_quantization(self.card), self.base.quantization
+        if trained == used:
+            return None
+        return (
+            f"note: the adapter was trained on this base {_in_words(trained)} and is used on it "
+            f"{_in_words(used)}; it corrects other rounding errors than the base has here"
+        )
 
     @property
     def method(self) -> str:
@@ -109,7 +127,10 @@ class Finished:
 
 
 def load_finished(
-    adapter: str | os.PathLike[str] | None, base: str | None = None, dtype: str = "float32"
+    adapter: str | os.PathLike[str] | None,
+    base: str | None = None,
+    dtype: str = "float32",
+    quantize: str = AS_TRAINED,
 ) -> Finished:
     """Loads an adapter and its base, checking that they belong together.
 
@@ -117,22 +138,40 @@ def load_finished(
       adapter: folder of the adapter; None for the base alone.
       base: name or path of the base; None = the one the adapter was trained on.
       dtype: of the base.
+      quantize: how the base's weights are stored, one of `QUANTIZE`: as in the training of the
+        adapter, "none" for `dtype`, or a scheme.
 
     Raises:
-      InputError: for a missing or damaged adapter, or another base than it was trained on.
+      InputError: for a missing or damaged adapter, another base than it was trained on, or an
+        unknown way to store it.
     """
+    if quantize not in QUANTIZE:
+        raise InputError(f"unknown quantize = {quantize!r}; {suggest(quantize, QUANTIZE)}")
+    scheme = quantize if quantize in SCHEMES else None
     if not adapter:
         if not base:
             raise InputError("--adapter is missing; for example --adapter=runs/q/adapter")
-        return Finished(load_base(base, dtype), None, None, None)
+        return Finished(load_base(base, dtype, quantize=scheme), None, None, None)
     card = read_card(adapter)
     name = base or card.metadata.get("base")
     if not name:
         raise InputError(f"{adapter} does not say which base it is for; give --base")
-    loaded = load_base(name, dtype)
+    if quantize == AS_TRAINED:
+        scheme = trained_quantization(card)
+    loaded = load_base(name, dtype, quantize=scheme)
     module = load_adapter(adapter, sites=loaded.sites, base_fingerprint=loaded.fingerprint)
     factors = jax.jit(lambda module: module.factors())(module)
     return Finished(loaded, module, card, factors)
+
+
+def trained_quantization(card: AdapterCard) -> str | None:
+    """How the weights of the base were stored while the adapter was trained: a scheme, or None."""
+    section = card.metadata.get("config", {}).get("base", {})
+    return section.get("quantize") if isinstance(section, Mapping) else None
+
+
+def _in_words(scheme: str | None) -> str:
+    return f"in {scheme}" if scheme else "without quantisation"
 
 
 def _card_for_people(card: AdapterCard) -> Mapping[str, Any]:
@@ -142,6 +181,7 @@ def _card_for_people(card: AdapterCard) -> Mapping[str, Any]:
         **{f"{card.method}.{name}": value for name, value in card.config.items()},
         "routing_checksum": card.routing_checksum,
         "base": card.metadata.get("base"),
+        "base_quantization": trained_quantization(card),
         "base_fingerprint": card.base_fingerprint,
         "task": card.metadata.get("task"),
         "steps": card.metadata.get("steps"),

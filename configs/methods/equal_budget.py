@@ -82,4 +82,6 @@ def sites_of(config: ConfigDict) -> Sites:
         return run.sites.select({name: SiteShape(*shape) for name, shape in shapes.items()})
     from mos_jax.models.base import load_base
 
-    return run.sites.select(load_base(run.base.name, run.base.dtype).sites)
+    return run.sites.select(
+        load_base(run.base.name, run.base.dtype, quantize=run.base.quantize).sites
+    )

@@ -20,6 +20,7 @@ from mos_jax.errors import InputError, suggest
 from mos_jax.interop.check import PROBE_LENGTH, PROBE_ROWS, largest_difference, probe_logits
 from mos_jax.models.base import DTYPES, Base
 from mos_jax.models.decoder import Decoder
+from mos_jax.models.quantized import dequantize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +125,8 @@ def plain_weight(name: str, weight: Any, dtype: str) -> jax.Array:
     An array that has the dtype already is returned itself.
     """
     kind = jnp.dtype(jnp.float32 if name.endswith("norm") else dtype)
-    return weight if weight.dtype == kind else weight.astype(kind)
+    plain = dequantize(weight, kind)
+    return plain if plain.dtype == kind else plain.astype(kind)
 
 
 @jax.tree_util.register_dataclass

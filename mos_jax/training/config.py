@@ -20,6 +20,7 @@ from mos_jax.adapters.methods import METHODS, make_config
 from mos_jax.adapters.sites import Sites, SiteShape, select_sites
 from mos_jax.data.config import DataConfig
 from mos_jax.errors import InputError, suggest
+from mos_jax.models.quantized import SCHEMES
 
 SCHEDULES = ("linear", "cosine", "constant")
 # Fields that may differ when a run is resumed: none changes what was computed so far.
@@ -71,11 +72,27 @@ def _at_least(name: str, value: float, minimum: float) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class BaseSection(Section):
-    """Which base: see `mos_jax.load_base`."""
+    """Which base: see `mos_jax.load_base`.
+
+    Attributes:
+      name: a name or a path.
+      dtype: of the weights and of the computation.
+      remat: what the backward pass computes again.
+      quantize: how the weights of the sites are stored: "int8", "nf4", or None for `dtype`.
+    """
 
     name: str = "smollm2-135m-instruct"
     dtype: str = "float32"
     remat: str = "products"
+    quantize: str | None = None
+
+    def check(self, name: str) -> None:
+        """See base class."""
+        if self.quantize is not None and self.quantize not in SCHEMES:
+            raise InputError(
+                f"config: {name}.quantize {self.quantize!r} is unknown; "
+                f"{suggest(str(self.quantize), SCHEMES)}, or None"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

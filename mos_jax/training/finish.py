@@ -138,6 +138,7 @@ def finish(
         "steps": config.training.steps,
         "base": base.name,
         "base_fingerprint": base.fingerprint,
+        "base_quantization": base.quantization,
         "task": data.task.name,
         "adapter": adapter.summary(),
         "budget": session.budget(),

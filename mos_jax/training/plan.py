@@ -16,10 +16,10 @@ def plan(config: RunConfig) -> dict[str, Any]:
     """Builds everything, compiles the step, and runs nothing.
 
     Returns:
-      `sites`: by site type its L, d_in, d_out, rank and trained parameters; `shared`, the trained
-      parameters that belong to no single site type; `budget`, see `Session.budget`; `bytes` of
-      base, adapter (with its frozen part), optimizer, batch and activations (the compiled step's
-      temporaries); `data`, see `Data.report`.
+      `base`: its name, dtype and quantisation; `sites`: by site type its L, d_in, d_out, rank and
+      trained parameters; `shared`, the trained parameters that belong to no single site type;
+      `budget`, see `Session.budget`; `bytes` of base, adapter (with its frozen part), optimizer,
+      batch and activations (the compiled step's temporaries); `data`, see `Data.report`.
 
     Raises:
       InputError: as for training.
@@ -34,6 +34,11 @@ def plan(config: RunConfig) -> dict[str, Any]:
     counts = adapter.count_trained_by_site()
     factors = jax.eval_shape(lambda adapter: adapter.factors(), adapter)
     return {
+        "base": {
+            "name": session.base.name,
+            "dtype": session.base.dtype,
+            "quantization": session.base.quantization,
+        },
         "sites": {
             name: {
                 "layers": site.num_layers,
@@ -87,8 +92,10 @@ def print_plan(config: RunConfig, console: Console) -> None:
         )
     memory = Table("memory", "MiB")
     memory.columns[1].justify = "right"
+    base = found["base"]
     for name, size in found["bytes"].items():
-        memory.add_row(name, f"{size / 2**20:,.1f}")
+        form = f" ({base['quantization'] or base['dtype']})" if name == "base" else ""
+        memory.add_row(name + form, f"{size / 2**20:,.1f}")
     memory.add_section()
     memory.add_row("all", f"{sum(found['bytes'].values()) / 2**20:,.1f}")
     console.print(memory)

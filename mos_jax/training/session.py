@@ -33,7 +33,8 @@ class Loads:
         if self._base is None or self._base[0] != section:
             # Let go first: two bases would not fit where one does.
             self._base = self._data = None
-            self._base = section, load_base(section.name, section.dtype, section.remat)
+            base = load_base(section.name, section.dtype, section.remat, section.quantize)
+            self._base = section, base
         return self._base[1]
 
     def data(self, config: DataConfig, base: Base) -> Data:
