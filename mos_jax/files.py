@@ -1,4 +1,4 @@
-"""Folders that are replaced as a whole or not at all."""
+"""Files and folders that are replaced as a whole or not at all."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from mos_jax.errors import InputError
 
 
 @contextlib.contextmanager
@@ -41,6 +43,39 @@ def fresh_folder(path: Path) -> Iterator[Path]:
         raise
     _sync_folder(path.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def fresh_file(path: Path) -> Iterator[Path]:
+    """Yields the name of a new file beside `path`, which takes its place when the block ends.
+
+    Whatever the block raises, what stood at `path` stands there still and the new file is gone.
+
+    Args:
+      path: the place, existing or not; its parents are made. Where it is a link, what it points
+        to is replaced.
+    """
+    path = path.resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
+        fresh = Path(folder) / path.name
+        yield fresh
+        with open(fresh, "rb") as stream:
+            os.fsync(stream.fileno())
+        fresh.replace(path)
+    _sync_folder(path.parent)
+
+
+def check_space(path: Path, needed: int) -> None:
+    """Raises InputError unless `needed` bytes are free where `path` is to be written."""
+    path = path.resolve()
+    existing = next(folder for folder in (path, *path.parents) if folder.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise InputError(
+            f"{path} needs {needed:,} bytes, and its disk has {free:,} left; free some, or choose "
+            "a place on another disk"
+        )
 
 
 def write_file(file: Path, payload: bytes) -> None:
