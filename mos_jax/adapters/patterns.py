@@ -13,7 +13,6 @@ Axis legend: L blocks, r largest rank of a site type.
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -22,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mos_jax.adapters.low_rank import LowRank
-from mos_jax.adapters.sites import Sites, module_name
+from mos_jax.adapters.sites import Sites, compile_key, module_name
 from mos_jax.adapters.strictness import strict
 from mos_jax.errors import InputError, suggest
 
@@ -81,15 +80,8 @@ def make_pattern(value: Any, where: str) -> Pattern[Any]:
     for key in value:
         if not isinstance(key, str) or not key:
             raise InputError(f"{where}: a key must be a string that is not empty, got {key!r}")
-        _compile(key, where)
+        compile_key(key, where)
     return Pattern(value)
-
-
-def _compile(key: str, where: str) -> re.Pattern[str]:
-    try:
-        return re.compile(rf"(.*\.)?({key})$")
-    except re.error as error:
-        raise InputError(f"{where}: {key!r} is not a regular expression ({error})") from None
 
 
 def by_block(
@@ -111,7 +103,7 @@ def by_block(
     modules = {
         name: [module_name(name, block) for block in site.blocks] for name, site in sites.items()
     }
-    expressions = {key: _compile(key, where) for key in pattern}
+    expressions = {key: compile_key(key, where) for key in pattern}
     every = [module for own in modules.values() for module in own]
     for key, expression in expressions.items():
         if not any(map(expression.match, every)):

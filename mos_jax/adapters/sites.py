@@ -54,6 +54,22 @@ def module_name(name: str, block: int) -> str:
     return f"model.layers.{block}.{SITE_MODULES.get(name, name)}"
 
 
+def compile_key(key: str, where: str) -> re.Pattern[str]:
+    r"""The expression that matches the modules of `key` as PEFT does: their end, from a dot on.
+
+    Args:
+      key: a name or a regular expression: `q_proj`, `layers\.[0-3]\..*`.
+      where: what the key is a part of, for messages.
+
+    Raises:
+      InputError: if it is no regular expression.
+    """
+    try:
+        return re.compile(rf"(.*\.)?({key})$")
+    except re.error as error:
+        raise InputError(f"{where}: {key!r} is not a regular expression ({error})") from None
+
+
 def check_sites(sites: Sites) -> dict[str, SiteShape]:
     """Returns `sites` as a dict after checking every name and number in it.
 
@@ -108,61 +124,81 @@ def select_sites(
     exclude: str | Sequence[str] = (),
     layers: Sequence[int] | None = None,
 ) -> dict[str, SiteShape]:
-    """Selects which sites are adapted.
+    r"""Selects which sites are adapted.
 
     Args:
       sites: all sites of the model.
-      include: "all-linear", names and regular expressions; an expression must match the whole
-        name of a site type (`"[qv]_proj"`).
-      exclude: names and regular expressions of site types to leave out.
+      include: "all-linear", names and regular expressions. An expression that matches the whole
+        name of a site type (`"[qv]_proj"`) takes it in all blocks; one that matches none takes
+        the single sites whose module it matches the end of, as PEFT does
+        (`r"layers\.[0-3]\.self_attn\.q_proj"`, see `module_name`), so that types may differ in
+        their blocks.
+      exclude: the same, of what to leave out.
       layers: block indices to adapt, in any order; negative ones count from the end; None = all.
 
     Returns:
-      The selected sites, in the order of `sites`. With `layers`, `num_layers` counts the adapted
-      blocks only, since a pool belongs to the blocks that share it.
+      The selected sites, in the order of `sites`. Where not all blocks are selected, `num_layers`
+      counts the adapted ones only, since a pool belongs to the blocks that share it.
 
     Raises:
       InputError: if a pattern is malformed or matches nothing (with the candidates), if nothing
-        is left, or if a block index is out of range or given twice.
+        is left, of all or of a type within `layers`, or if a block index is out of range or given
+        twice.
     """
     sites = check_sites(sites)
     chosen = _matching(sites, _as_tuple(include), "include")
     chosen -= _matching(sites, _as_tuple(exclude), "exclude")
-    selected = {name: site for name, site in sites.items() if name in chosen}
+    selected = {}
+    for name, site in sites.items():
+        blocks = tuple(block for block in site.blocks if (name, block) in chosen)
+        if blocks and layers is not None:
+            blocks = _restrict(name, site, blocks, layers)
+        if blocks:
+            whole = blocks == site.blocks and layers is None
+            own = site.layers if whole else blocks
+            selected[name] = SiteShape(len(blocks), site.d_in, site.d_out, own)
     if not selected:
         raise InputError(
             f"no sites left: include={include!r} and exclude={exclude!r} select none of "
             f"{', '.join(sites)}"
         )
-    if layers is None:
-        return selected
-    return {name: _restrict(name, site, layers) for name, site in selected.items()}
+    return selected
 
 
 def _as_tuple(patterns: str | Sequence[str]) -> tuple[str, ...]:
     return (patterns,) if isinstance(patterns, str) else tuple(patterns)
 
 
-def _matching(sites: Sites, patterns: tuple[str, ...], argument: str) -> set[str]:
-    matched: set[str] = set()
+def _matching(sites: Sites, patterns: tuple[str, ...], argument: str) -> set[tuple[str, int]]:
+    """Site type and block of all sites that one of the patterns matches."""
+    every = {
+        (name, block): module_name(name, block) for name in sites for block in sites[name].blocks
+    }
+    matched: set[tuple[str, int]] = set()
     for pattern in patterns:
-        try:
-            expression = re.compile(pattern)
-        except re.error as error:
-            raise InputError(
-                f"{argument}: {pattern!r} is not a regular expression ({error})"
-            ) from None
-        hits = {name for name in sites if pattern == ALL_LINEAR or expression.fullmatch(name)}
+        of_module = compile_key(pattern, argument)
+        of_type = re.compile(pattern)
+        types = {name for name in sites if pattern == ALL_LINEAR or of_type.fullmatch(name)}
+        hits = {
+            place
+            for place, module in every.items()
+            if (place[0] in types if types else of_module.match(module))
+        }
         if not hits:
+            known = every.values() if "." in pattern else sites
             raise InputError(
-                f"{argument}: {pattern!r} matches no site type; {suggest(pattern, sites)}"
+                f"{argument}: {pattern!r} matches no site type and no module; "
+                f"{suggest(pattern, known)}"
             )
         matched |= hits
     return matched
 
 
-def _restrict(name: str, site: SiteShape, layers: Sequence[int]) -> SiteShape:
-    available = site.layers if site.layers is not None else tuple(range(site.num_layers))
+def _restrict(
+    name: str, site: SiteShape, blocks: tuple[int, ...], layers: Sequence[int]
+) -> tuple[int, ...]:
+    """Those of the `blocks` of a site type that `layers` names, which are counted in the model."""
+    available = site.blocks
     depth = available[-1] + 1
     chosen: list[int] = []
     for layer in layers:
@@ -179,4 +215,10 @@ def _restrict(name: str, site: SiteShape, layers: Sequence[int]) -> SiteShape:
         chosen.append(index)
     if not chosen:
         raise InputError("layers: the list is empty; leave it out to adapt every block")
-    return SiteShape(len(chosen), site.d_in, site.d_out, tuple(sorted(chosen)))
+    left = tuple(block for block in blocks if block in chosen)
+    if not left:
+        raise InputError(
+            f"layers: {list(layers)} leaves nothing of {name!r}, of which include and exclude "
+            f"select the blocks {list(blocks)}"
+        )
+    return left

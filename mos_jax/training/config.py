@@ -102,7 +102,7 @@ class SitesSection(Section):
     Lists are written with commas, so that a flag can set them.
 
     Attributes:
-      include: "all-linear", or names and regular expressions.
+      include: "all-linear", or names and regular expressions of site types or modules.
       exclude: names and regular expressions to leave out.
       layers: indices of blocks; empty = all.
     """

@@ -164,3 +164,71 @@ def test_what_is_no_site_shape_is_refused():
 def test_what_is_no_mapping_is_refused():
     with pytest.raises(InputError, match=r"must be a mapping .*\['q_proj'\]"):
         check_sites(anything(["q_proj"]))
+
+
+class TestModules:
+    """Patterns over dotted module names, by which types may have different blocks."""
+
+    def blocks(self, *arguments: Any, **options: Any) -> dict[str, tuple[int, ...] | None]:
+        return {
+            name: site.layers for name, site in select_sites(SITES, *arguments, **options).items()
+        }
+
+    @pytest.mark.parametrize(
+        ("include", "selected"),
+        [
+            ("layers.2.self_attn.q_proj", {"q_proj": (2,)}),
+            ("model.layers.2.self_attn.q_proj", {"q_proj": (2,)}),
+            ("2.self_attn.q_proj", {"q_proj": (2,)}),
+            (
+                [r"layers\.[0-2]\.self_attn\.q_proj", r"layers\.[1-3]\..*\.v_proj"],
+                {"q_proj": (0, 1, 2), "v_proj": (1, 2, 3)},
+            ),
+            ([r"0\.mlp\.(up|down)_proj", "k_proj"],
+             {"k_proj": None, "up_proj": (0,), "down_proj": (0,)}),
+            ("self_attn.[kv]_proj", {"k_proj": None, "v_proj": None}),
+            ([r"layers\.[01]\..*q_proj", r"layers\.[1-3]\..*q_proj"], {"q_proj": None}),
+        ],
+    )  # fmt: skip
+    def test_a_pattern_that_matches_no_type_selects_by_module(self, include, selected):
+        assert self.blocks(include) == selected
+
+    def test_exclude_takes_single_sites_away(self):
+        assert self.blocks(["q_proj", "v_proj"], exclude=r"layers\.[03]\.self_attn\.v_proj") == {
+            "q_proj": None,
+            "v_proj": (1, 2),
+        }
+        assert self.blocks("mlp.*", exclude=["0.mlp.*", "up_proj|down_proj"]) == {
+            "gate_proj": (1, 2, 3)
+        }
+
+    def test_a_pattern_that_matches_a_whole_type_means_types_alone(self):
+        # As a module it would match the "l" of "model.layers" everywhere.
+        assert list(self.blocks(".*l.*|q_proj")) == ["q_proj"]
+
+    def test_layers_restrict_what_the_patterns_selected(self):
+        chosen = self.blocks([r"layers\.[0-2]\..*q_proj", "v_proj"], layers=[-1, 1, 2])
+        assert chosen == {"q_proj": (1, 2), "v_proj": (1, 2, 3)}
+        with pytest.raises(
+            InputError, match=r"layers: \[3\] leaves nothing of 'q_proj'.*\[0, 1, 2\]"
+        ):
+            self.blocks([r"layers\.[0-2]\..*q_proj", "v_proj"], layers=[3])
+        with pytest.raises(InputError, match=r"block 4 does not exist for 'q_proj'.* 0 to 3"):
+            self.blocks(r"layers\.[0-2]\..*q_proj", layers=[4])
+
+    def test_blocks_are_named_as_in_the_model(self):
+        once = select_sites(SITES, "q_proj", layers=[1, 3])
+        assert select_sites(once, "3.self_attn.q_proj") == {"q_proj": SiteShape(1, 8, 16, (3,))}
+        with pytest.raises(InputError, match=r"'2\.self_attn\.q_proj' matches no.*1.self_attn"):
+            select_sites(once, "2.self_attn.q_proj")
+
+    @pytest.mark.parametrize("argument", ["include", "exclude"])
+    def test_a_module_that_does_not_exist_raises_with_the_nearest(self, argument):
+        with pytest.raises(
+            InputError, match=r"did you mean 'model\.layers\.\d\.self_attn\.q_proj'"
+        ):
+            select_sites(SITES, **dict[str, Any]({argument: "layers.4.self_attn.q_proj"}))
+
+    def test_nothing_left_raises(self):
+        with pytest.raises(InputError, match="no sites left"):
+            select_sites(SITES, "0.self_attn.q_proj", "q_proj")

@@ -73,6 +73,10 @@ EXPORTED: dict[str, tuple[Any, dict[str, Any]]] = {
         {},
     ),
     "lora": (LoRAConfig(rank=7, alpha=16.0), {}),
+    "mos, blocks by type": (
+        dataclasses.replace(MOS, rank=2),
+        {"include": ["0.self_attn.q_proj", "v_proj", r"layers\.1\.mlp\..*"]},
+    ),
     "lora, one layer": (LoRAConfig(rank=4, alpha=3.5), {"layers": [0]}),
     "rslora": (LoRAConfig(rank=8, alpha=2.0, rslora=True), {}),
     "lora, patterns": (
