@@ -86,7 +86,7 @@ def export_peft(
         )
     sites: dict[Site, SiteFactors] = {}
     for name, low_rank in factors.items():
-        a, b, scale, layers = _checked(name, low_rank, num_layers)
+        a, b, scale, layers = check_factors(name, low_rank, num_layers)
         for position, layer in enumerate(layers):
             r = low_rank.rank if low_rank.ranks is None else low_rank.ranks[position]
             sites[name, layer] = SiteFactors(a[position, :r], b[position, :r], scale[position])
@@ -229,10 +229,14 @@ def _check_site_type(name: str) -> None:
         raise InputError(f"unknown site type {name!r}; {suggest(name, SITE_TYPES)}")
 
 
-def _checked(
+def check_factors(
     name: str, low_rank: LowRank, num_layers: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[int, ...]]:
-    """The factors of one site type on the host, checked: a, b, scale and the blocks."""
+    """The factors of one site type on the host, checked: a, b, scale and the blocks.
+
+    Raises:
+      InputError: for shapes, blocks or dtypes that no factors have, or values that are not finite.
+    """
     _check_site_type(name)
     a, b, scale = (np.asarray(x) for x in (low_rank.a, low_rank.b, low_rank.scale))
     if (a.ndim, b.ndim, scale.ndim) != (3, 3, 1) or not (

@@ -67,8 +67,8 @@ def make_config(
       base_name: what PEFT shall load as the base.
       num_layers: blocks of the base.
     """
-    rank, rank_pattern = _default_and_pattern(ranks)
-    alpha, alpha_pattern = _default_and_pattern(alphas)
+    rank, rank_pattern = default_and_pattern(ranks)
+    alpha, alpha_pattern = default_and_pattern(alphas)
     fields = {
         "alpha_pattern": alpha_pattern,
         "init_lora_weights": True,
@@ -118,8 +118,11 @@ def common_config(
     }
 
 
-def _default_and_pattern(values: Mapping[Site, Any]) -> tuple[Any, dict[str, Any]]:
-    """The commonest value, and the others by site type or, where a type is mixed, by module."""
+def default_and_pattern(values: Mapping[Site, Any]) -> tuple[Any, dict[str, Any]]:
+    """The commonest value, and the others by site type or, where a type is mixed, by module.
+
+    The second is a pattern as PEFT matches it; no key of it matches the module of another's site.
+    """
     default = collections.Counter(values.values()).most_common(1)[0][0]
     pattern: dict[str, Any] = {}
     for name in dict.fromkeys(name for name, _ in values):

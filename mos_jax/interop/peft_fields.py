@@ -179,18 +179,36 @@ class PeftConfig:
         rank: int = self._look_up("rank_pattern", "r", site)
         return rank
 
+    def alpha(self, site: Site) -> int | float:
+        """The alpha of a site of a LoRA."""
+        alpha: int | float = self._look_up("alpha_pattern", "lora_alpha", site)
+        return alpha
+
     def scale(self, site: Site) -> np.float32:
         """The scale of a site of a LoRA, as PEFT has it: alpha / rank, or alpha / sqrt(rank)."""
         rank = self.rank(site)
-        alpha = self._look_up("alpha_pattern", "lora_alpha", site)
-        return np.float32(alpha / (math.sqrt(rank) if self.raw.get("use_rslora") else rank))
+        return np.float32(
+            self.alpha(site) / (math.sqrt(rank) if self.raw.get("use_rslora") else rank)
+        )
 
-    def _look_up(self, pattern: str, default: str, site: Site) -> Any:
+    def pattern(self, field: str, sites: Iterable[Site]) -> dict[str, Any]:
+        """The entries of `rank_pattern` or `alpha_pattern` that match one of `sites`, in order."""
+        modules = [module_name(*site) for site in sites]
+        return {
+            key: value
+            for key, value in (self.raw.get(field) or {}).items()
+            if any(map(self._key(key, field).match, modules))
+        }
+
+    def _look_up(self, field: str, default: str, site: Site) -> Any:
         module = module_name(*site)
-        for key, value in (self.raw.get(pattern) or {}).items():
-            if self._compile(rf"(.*\.)?({key})$", pattern).match(module):
+        for key, value in (self.raw.get(field) or {}).items():
+            if self._key(key, field).match(module):
                 return value
         return self.raw[default]
+
+    def _key(self, key: str, field: str) -> re.Pattern[str]:
+        return self._compile(rf"(.*\.)?({key})$", field)
 
     def _changes(self, module: str) -> bool:
         """Whether PEFT would adapt `module`."""
