@@ -123,12 +123,12 @@ def _import_lora(folder: Path, config: PeftConfig, sites: Sites) -> Adapter:
     raw, every = config.raw, module_order(sites)
     if min(raw["lora_alpha"], *map(config.alpha, every)) <= 0:
         return lora_from_factors(factors, sites)
-    patterns = {field: config.pattern(field, every) for field in ("rank_pattern", "alpha_pattern")}
     ours = LoRAConfig(
         rank=raw["r"],
         alpha=raw["lora_alpha"],
         rslora=bool(raw.get("use_rslora")),
-        **{field: pattern for field, pattern in patterns.items() if pattern},
+        rank_pattern=config.pattern("rank_pattern", every),
+        alpha_pattern=config.pattern("alpha_pattern", every),
     )
     found = {f"a/{name}": np.asarray(f.a) for name, f in factors.items()}
     found |= {f"b/{name}": np.asarray(f.b) for name, f in factors.items()}

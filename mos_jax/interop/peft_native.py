@@ -87,7 +87,7 @@ def export_native(
         fields, arrays = _write_uni_lora(adapter, save_indices)
     else:
         fields, arrays = _WRITERS[method](adapter)
-    config = common_config(kind, adapter.config.rank, every, base_name, num_layers) | fields
+    config = common_config(kind, fields["r"], every, base_name, num_layers) | fields
     introduction = [
         f"{kind} adapter",
         f"An adapter of the method {method}, with the parameters that it trained and no others.",
@@ -132,6 +132,7 @@ def _write_lora(adapter: Adapter) -> _Written:
         "init_lora_weights": True,
         "lora_alpha": _number(config.alpha),
         "lora_dropout": 0.0,
+        "r": config.rank,
         "rank_pattern": dict(config.rank_pattern),
         "use_dora": False,
         "use_rslora": config.rslora,
@@ -167,6 +168,7 @@ def _write_vera(adapter: Adapter) -> _Written:
         "d_initial": config.d_initial,
         "init_weights": True,
         "projection_prng_key": config.projection_seed,
+        "r": config.rank,
         "save_projection": True,
         "vera_dropout": 0.0,
     }
@@ -188,6 +190,7 @@ def _write_vb_lora(adapter: Adapter) -> _Written:
         "init_logits_std": LOGITS_STD,
         "init_vector_bank_bound": BANK_BOUND,
         "num_vectors": config.num_vectors,
+        "r": config.rank,
         "save_only_topk_weights": False,
         "topk": config.top_k,
         "vblora_dropout": 0.0,
@@ -229,6 +232,7 @@ def _write_uni_lora(adapter: UniLoRA, save_indices: bool) -> _Written:
         "init_theta_d_bound": THETA_BOUND,
         "init_weights": True,
         "proj_seed": config.routing_seed,
+        "r": config.rank,
         "save_indices": save_indices,
         "theta_d_length": config.theta_length,
         "unilora_dropout": 0.0,
