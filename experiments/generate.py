@@ -1,7 +1,8 @@
-r"""Answers a prompt with a trained adapter, beside its base when asked.
+r"""Answers a prompt with trained adapters, beside their base when asked, in one batch.
 
 python experiments/generate.py --adapter=runs/q/adapter --prompt="Who is my mother's mother?"
 python experiments/generate.py --adapter=runs/q/adapter --prompt="..." --compare
+python experiments/generate.py --adapter=mos=runs/a/adapter --adapter=lora=runs/b/peft --prompt=...
 python experiments/generate.py --base=smollm2-135m-instruct --prompt="..." --temperature=0.8
 """
 
@@ -12,7 +13,12 @@ from absl import flags
 
 from mos_jax import app
 
-ADAPTER = flags.DEFINE_string("adapter", None, "Folder of the adapter; none = the base alone.")
+ADAPTER = flags.DEFINE_multi_string(
+    "adapter",
+    None,
+    "Folder of an adapter or a PEFT LoRA, or NAME=FOLDER; give it again for more, one row each. "
+    "None = the base alone.",
+)
 BASE = flags.DEFINE_string("base", None, "Name or path of the base; default: the one trained on.")
 DTYPE = flags.DEFINE_string("dtype", "float32", "float32 or bfloat16.")
 QUANTIZE = flags.DEFINE_enum(
@@ -30,18 +36,19 @@ SEED = flags.DEFINE_integer("seed", 0, "Of the sampling.")
 
 def main(_: Sequence[str]) -> None:
     # Imported here so that --help and mistyped flags answer at once.
+    from mos_jax.adapters.bank import BASE_NAME
     from mos_jax.data import prompt_text
     from mos_jax.errors import InputError
-    from mos_jax.finished import load_finished
     from mos_jax.models.generation import Sampling, generate
+    from mos_jax.several import load_several
 
     if not PROMPT.value:
         raise InputError('--prompt is missing; for example --prompt="Hello"')
     sampling = Sampling.create(MAX_NEW_TOKENS.value, TEMPERATURE.value, TOP_P.value, SEED.value)
-    finished = load_finished(ADAPTER.value, BASE.value, DTYPE.value, QUANTIZE.value)
-    if finished.note:
-        print(finished.note, file=sys.stderr)
-    tokenizer, model = finished.base.tokenizer, finished.base.model
+    several = load_several(ADAPTER.value or [], BASE.value, DTYPE.value, QUANTIZE.value)
+    for note in several.notes:
+        print(note, file=sys.stderr)
+    tokenizer, model = several.base.tokenizer, several.base.model
     if RAW.value:
         start = tokenizer.text_start
         texts = [text if text.startswith(start) else start + text for text in PROMPT.value]
@@ -51,18 +58,15 @@ def main(_: Sequence[str]) -> None:
             prompt_text([*system, {"role": "user", "content": text}], tokenizer)
             for text in PROMPT.value
         ]
-    prompts = [tokenizer.encode(text) for text in texts]
-    answers = {}
-    if COMPARE.value or finished.factors is None:
-        answers["base"] = generate(model, prompts, [tokenizer.end_of_turn], sampling)
-    if finished.factors is not None:
-        answers[finished.method] = generate(
-            model, prompts, [tokenizer.end_of_turn], sampling, finished.factors
-        )
-    for row in range(len(prompts)):
-        for name, rows in answers.items():
-            label = f"[{name}] " if len(answers) > 1 else ""
-            print(f"{label}{tokenizer.decode(rows[row])}")
+    names = list(several.factors)
+    if COMPARE.value or not names:
+        names = [BASE_NAME, *names]
+    prompts = [prompt for prompt in map(tokenizer.encode, texts) for _ in names]
+    rows = names * len(texts)
+    answers = generate(model, prompts, [tokenizer.end_of_turn], sampling, several.for_rows(rows))
+    for name, answer in zip(rows, answers, strict=True):
+        label = f"[{'base' if name == BASE_NAME else name}] " if len(names) > 1 else ""
+        print(f"{label}{tokenizer.decode(answer)}")
 
 
 if __name__ == "__main__":

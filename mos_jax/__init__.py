@@ -4,6 +4,8 @@ The names here are public; every other name may change between versions.
 """
 
 from mos_jax.adapters.adapter import Adapter, AdapterConfig
+from mos_jax.adapters.bank import AdapterBank
+from mos_jax.adapters.combine import combine
 from mos_jax.adapters.lora import LoRAConfig
 from mos_jax.adapters.low_rank import LowRank
 from mos_jax.adapters.methods import METHODS, count_parameters, create_adapter
@@ -26,6 +28,7 @@ __version__ = "0.1.0"
 __all__ = [
     "METHODS",
     "Adapter",
+    "AdapterBank",
     "AdapterConfig",
     "Base",
     "InputError",
@@ -41,6 +44,7 @@ __all__ = [
     "UniLoRAConfig",
     "VBLoRAConfig",
     "VeRAConfig",
+    "combine",
     "count_parameters",
     "create_adapter",
     "generate",

@@ -128,7 +128,7 @@ class Finished:
 
 def load_finished(
     adapter: str | os.PathLike[str] | None,
-    base: str | None = None,
+    base: str | Base | None = None,
     dtype: str = "float32",
     quantize: str = AS_TRAINED,
 ) -> Finished:
@@ -136,7 +136,8 @@ def load_finished(
 
     Args:
       adapter: folder of the adapter; None for the base alone.
-      base: name or path of the base; None = the one the adapter was trained on.
+      base: name or path of the base, or the base itself, which is then taken as it is; None = the
+        one the adapter was trained on.
       dtype: of the base.
       quantize: how the base's weights are stored, one of `QUANTIZE`: as in the training of the
         adapter, "none" for `dtype`, or a scheme.
@@ -151,14 +152,15 @@ def load_finished(
     if not adapter:
         if not base:
             raise InputError("--adapter is missing; for example --adapter=runs/q/adapter")
-        return Finished(load_base(base, dtype, quantize=scheme), None, None, None)
+        alone = base if isinstance(base, Base) else load_base(base, dtype, quantize=scheme)
+        return Finished(alone, None, None, None)
     card = read_card(adapter)
     name = base or card.metadata.get("base")
     if not name:
         raise InputError(f"{adapter} does not say which base it is for; give --base")
     if quantize == AS_TRAINED:
         scheme = trained_quantization(card)
-    loaded = load_base(name, dtype, quantize=scheme)
+    loaded = name if isinstance(name, Base) else load_base(name, dtype, quantize=scheme)
     module = load_adapter(adapter, sites=loaded.sites, base_fingerprint=loaded.fingerprint)
     factors = jax.jit(lambda module: module.factors())(module)
     return Finished(loaded, module, card, factors)

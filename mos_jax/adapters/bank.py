@@ -186,7 +186,7 @@ class AdapterBank:
           InputError: for a name that is malformed or taken, factors that do not fit or are not
             finite, or a bank that is full. Nothing has changed then.
         """
-        _check_name(name)
+        check_name(name)
         if name in self._slot:
             raise InputError(f"{name!r} is in the bank already; replace() swaps it")
         free = set(range(1, self.slots + 1)) - set(self._slot.values())
@@ -357,7 +357,8 @@ def _factors_of(name: str, adapter: Adapter | Mapping[str, LowRank]) -> Mapping[
     return factors
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
+    """Raises InputError unless `name` can be that of an adapter in a bank."""
     if not isinstance(name, str) or not name.strip() or "/" in name or name == BASE_NAME:
         raise InputError(
             "the name of an adapter must be a string that is not empty, has no '/' and is not "

@@ -1,6 +1,7 @@
 """The command-line programs as a user calls them."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -93,6 +94,39 @@ def test_generate_answers_with_and_without_the_adapter(quickstart):
     assert f"[base] {alone.stdout}" == both[: both.index("[mos]")]
 
 
+def labelled(output):
+    """The labels and the answers, of one line or more, that generate printed."""
+    return re.findall(r"^\[(\w+)\] (.*?)(?=^\[\w+\] |\Z)", output, re.DOTALL | re.MULTILINE)
+
+
+def test_several_adapters_answer_in_one_batch_as_each_does_alone(quickstart):
+    workdir, _, _ = quickstart
+    prompts = ("--prompt=Hello", "--prompt=What is 2 + 2?", "--max_new_tokens=4")
+    ours, exported = f"--adapter={workdir}/adapter", f"--adapter=lora={workdir}/peft"
+    found = labelled(call("generate", ours, exported, "--compare", *prompts).stdout)
+    assert [label for label, _ in found] == ["base", "mos", "lora"] * 2
+    answers = [answer for _, answer in found]
+    assert answers[1] == answers[2] != answers[0]
+    assert answers[4] == answers[5]
+    assert call("generate", ours, *prompts).stdout == answers[1] + answers[4]
+
+
+def test_a_combination_is_written_and_used_like_an_adapter(quickstart, tmp_path):
+    workdir, _, _ = quickstart
+    two = (f"--adapter={workdir}/adapter", f"--adapter=lora={workdir}/peft")
+    out = tmp_path / "both"
+    done = call("combine", *two, "--weights=1.5,-0.5", f"--out={out}").stdout
+    assert "q_proj     rank   6  distance " in done
+    assert float(done.split("of the changes is ")[1].split()[0]) < 1e-6
+    # 1.5 - 0.5 of the same adapter.
+    flags = ("--compare", "--prompt=Hello", "--max_new_tokens=4")
+    answers = dict(labelled(call("generate", two[0], f"--adapter={out}", *flags).stdout))
+    assert answers["mos"] == answers["peft"] != answers["base"]
+    thinned = ("--how=dare_ties", "--density=0.5", "--rank=2", "--overwrite")
+    call("combine", *two, "--weights=1,1", f"--out={out}", *thinned)
+    assert "**combination**: dare_ties" in (out / "README.md").read_text()
+
+
 def test_export_says_how_exact_it_is_and_does_not_overwrite(quickstart, tmp_path):
     workdir, _, _ = quickstart
     flags = (f"--adapter={workdir}/adapter", "--format=peft", f"--out={tmp_path / 'peft'}")
@@ -150,6 +184,10 @@ SMOKE = ("--config=configs/smoke.py", "--workdir=runs/never")
         ("evaluate", ("--adapter=runs/never/adapter",), "no adapter at runs/never/adapter"),
         ("generate", ("--base=tiny-random",), "--prompt is missing"),
         ("generate", ("--base=x.gguf", "--prompt=a"), "unknown base 'x.gguf'"),
+        ("generate", ("--adapter=a=x", "--adapter=a=y", "--prompt=a"), "adapters are called 'a'"),
+        ("generate", ("--adapter==x", "--prompt=a"), "name of an adapter must be"),
+        ("combine", ("--weights=1",), "--adapter is missing"),
+        ("combine", ("--adapter=x", "--weights=1,a", "--out=y"), "must be numbers, got 1,a"),
         ("export", ("--adapter=runs/never/adapter",), "--out is missing"),
         ("export", ("--format=pickle",), "pickle"),
     ],
@@ -165,7 +203,17 @@ def test_bad_input_is_one_line_and_status_2(program, flags, words):
 
 @pytest.mark.parametrize(
     "program",
-    ["train", "quickstart", "evaluate", "generate", "export", "sweep", "report", "lr_find"],
+    [
+        "train",
+        "quickstart",
+        "evaluate",
+        "generate",
+        "combine",
+        "export",
+        "sweep",
+        "report",
+        "lr_find",
+    ],
 )
 def test_help_shows_a_command_to_copy_and_every_flag(program):
     done = call(program, "--help", ok=False)

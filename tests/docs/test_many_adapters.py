@@ -1,0 +1,44 @@
+"""The code of docs/many_adapters.md, run from top to bottom."""
+
+import re
+import shlex
+
+import pytest
+
+from tests.experiments.fixtures_programs import ROOT, call
+
+PAGE = (ROOT / "docs/many_adapters.md").read_text(encoding="utf-8")
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where the page's Python ran, with what it wrote."""
+    folder = tmp_path_factory.mktemp("page")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        exec(compile("".join(blocks("python")), "docs/many_adapters.md", "exec"), {})
+    return folder
+
+
+def test_the_python_runs(folder):
+    assert sorted(path.name for path in (folder / "runs").iterdir()) == ["french", "law"]
+
+
+def test_the_commands_run_after_it(folder):
+    (text,) = blocks("bash")
+    commands = [shlex.split(line) for line in text.replace("\\\n", " ").splitlines()]
+    outputs = []
+    for python, program, *flags in commands:
+        assert (python, program[:12], program[-3:]) == ("python", "experiments/", ".py")
+        flags = [flag.replace("runs/", f"{folder}/runs/") for flag in flags]
+        outputs.append(call(program[12:-3], *flags).stdout)
+    assert "of the changes is" in outputs[0]
+    assert re.findall(r"^\[(\w+)\] ", outputs[1], re.MULTILINE) == ["base", "french", "both"]
+
+
+def test_every_block_is_run():
+    assert PAGE.count("```") == 2 * (len(blocks("python")) + len(blocks("bash")))
