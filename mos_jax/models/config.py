@@ -100,7 +100,9 @@ class DecoderConfig:
     def create(cls, **fields: Any) -> DecoderConfig:
         """Returns a config of these fields after checking them.
 
-        `windowed_layers` that name every layer become None, so that equal models compare equal.
+        Values that say what None says become None (`windowed_layers` that name every layer, a
+        `query_scale` of head_dim ** -0.5, a `local_rope_base` that is `rope_base`), so that equal
+        models compare equal.
 
         Raises:
             InputError: A field is unknown, missing, of the wrong type, or the sizes disagree.
@@ -136,9 +138,14 @@ class DecoderConfig:
                 check_positive(name, getattr(config, name))
         _check_rope_scaling(config.rope_scaling)
         _check_windows(config)
-        if config.windowed_layers == tuple(range(config.num_layers)):
-            config = dataclasses.replace(config, windowed_layers=None)
-        return config
+        said: dict[str, Any] = {
+            "windowed_layers": tuple(range(config.num_layers)),
+            "query_scale": config.head_dim**-0.5,
+        }
+        if config.rope_scaling is None:
+            said["local_rope_base"] = config.rope_base
+        redundant = [name for name, value in said.items() if getattr(config, name) == value]
+        return cls(**fields | dict.fromkeys(redundant)) if redundant else config
 
     def site_shapes(self) -> dict[str, tuple[int, int, int]]:
         """Returns (num_layers, d_in, d_out) of each projection, for y = x @ W, in SITES order."""

@@ -66,6 +66,7 @@ _DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 _INDEX = "model.safetensors.index.json"
+_TEXT_PREFIX, _IMAGE_PREFIXES = "language_model.", ("vision_tower.", "multi_modal_projector.")
 
 
 def tensor_names(config: DecoderConfig) -> dict[str, str]:
@@ -100,7 +101,8 @@ def open_weights(
 ) -> Iterator[dict[str, WeightReader]]:
     """Opens the weights of a model folder, to be read part by part.
 
-    `rotary_emb.inv_freq` tensors of old checkpoints are skipped: they follow from the config. An
+    `rotary_emb.inv_freq` tensors of old checkpoints are skipped: they follow from the config. So
+    are the image encoder and its projector of a Gemma 3 that has them. An
     `lm_head.weight` in a model whose config ties the embeddings is accepted when it equals the
     embedding, and refused otherwise, since it is then unclear which of the two is meant.
 
@@ -118,6 +120,8 @@ def open_weights(
     folder = Path(path)
     with contextlib.ExitStack() as stack:
         tensors = _open_tensors(folder, stack)
+        if config.family == "gemma3":
+            tensors = _language_model(tensors)
         found = {
             name: tensor.shape
             for name, tensor in tensors.items()
@@ -211,6 +215,21 @@ def _open_tensors(folder: Path, stack: contextlib.ExitStack) -> dict[str, _Tenso
     for name in (name for name in listed or () if name not in tensors):
         raise InputError(f"{folder}: tensor {name} is missing; {_INDEX} lists it")
     return tensors
+
+
+def _language_model(tensors: dict[str, _Tensor]) -> dict[str, _Tensor]:
+    """Returns the tensors of the language model of a Gemma 3 with an image encoder.
+
+    Its prefix is left out, and so are the tensors of the image part; any others stay. Of a model
+    for text alone these are all tensors.
+    """
+    if not any(name.startswith(_TEXT_PREFIX) for name in tensors):
+        return tensors
+    return {
+        name.removeprefix(_TEXT_PREFIX): tensor
+        for name, tensor in tensors.items()
+        if not name.startswith(_IMAGE_PREFIXES)
+    }
 
 
 def _read_header(path: Path, stack: contextlib.ExitStack) -> dict[str, _Tensor]:

@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 from mos_jax.models import gguf as gguf_reader
 from mos_jax.models import huggingface
 from mos_jax.models.config import DecoderConfig, LinearScaling, RopeScaling
+from mos_jax.models.huggingface_config import config_to_huggingface
 from mos_jax.models.rope import inverse_frequencies
 from mos_jax.models.tokenizer import CHATML
 
@@ -77,7 +78,9 @@ def write_folder(
 ) -> Path:
     """Writes a Hugging Face folder; tensors go round the shards; `extra` adds or replaces some."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(huggingface_config(config)))
+    (folder / "config.json").write_text(json.dumps(config_to_huggingface(config)))
+    offset = huggingface.norm_offset(config)
+    weights = {k: v - offset if k.endswith("norm") else v for k, v in weights.items()}
     tensors = in_file_order(config, weights, huggingface.tensor_names(config)) | (extra or {})
     tensors = {k: v.astype(_SAFETENSORS_TYPES[dtype]) for k, v in tensors.items()}
     if shards == 1:
