@@ -20,7 +20,7 @@ from mos_jax.errors import InputError
 from mos_jax.models.config import DecoderConfig
 
 # Entries handled at a time: bounds the working memory whatever the size of a tensor.
-CHUNK = 1 << 20
+CHUNK = 1 << 19
 
 # A slice with start and stop for each axis.
 Index = tuple[slice, ...]
@@ -160,7 +160,7 @@ def parts(shape: Sequence[int], long_axis: int) -> Iterator[Index]:
     """
     by_layer = long_axis > 0 and math.prod(shape[1:]) > CHUNK
     axis, layers = (long_axis, shape[0]) if by_layer else (0, 1)
-    step = max(1, CHUNK // (math.prod(shape) // layers // shape[axis]))
+    step = _even_step(shape[axis], CHUNK // (math.prod(shape) // layers // shape[axis]))
     whole = [slice(0, size) for size in shape]
     for layer in range(layers):
         for start in range(0, shape[axis], step):
@@ -169,6 +169,16 @@ def parts(shape: Sequence[int], long_axis: int) -> Iterator[Index]:
                 cut[0] = slice(layer, layer + 1)
             cut[axis] = slice(start, min(start + step, shape[axis]))
             yield tuple(cut)
+
+
+def _even_step(size: int, limit: int) -> int:
+    """A step of at most `limit` that divides `size`, unless that would be far smaller.
+
+    Parts of one shape need one compiled program to be written, a smaller last one a second.
+    """
+    limit = max(1, min(limit, size))
+    dividing = (step for step in range(limit, limit // 2, -1) if size % step == 0)
+    return next(dividing, limit)
 
 
 def weight_dtype(name: str, dtype: Any) -> np.dtype:
