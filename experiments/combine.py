@@ -65,7 +65,7 @@ def main(_: Sequence[str]) -> None:
             "density": DENSITY.value,
             "rank": RANK.value,
             "seed": SEED.value,
-            "distance_to_the_weighted_sum": combined.error,
+            "distance_to_the_weighted_sum": f"{combined.error:.3g}",
         },
         overwrite=OVERWRITE.value,
     )

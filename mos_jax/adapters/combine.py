@@ -20,6 +20,7 @@ import numpy as np
 
 from mos_jax.adapters.adapter import Adapter, require_finite, require_integer, require_positive
 from mos_jax.adapters.low_rank import LowRank
+from mos_jax.adapters.patterns import differ
 from mos_jax.adapters.routing import raw_words
 from mos_jax.errors import InputError, suggest
 
@@ -36,7 +37,7 @@ class Combined:
     Attributes:
       how: one of `HOW`.
       factors: by site type that one of the adapters changes: a fp32 [L, r, h], b fp32 [L, r, o],
-        scale fp32 [L] of ones, for the blocks that one of them adapts.
+        scale fp32 [L] of ones, for the blocks that one of them adapts, and their ranks.
       errors: by site type, the Frobenius distance of its change to the exact weighted sum of the
         changes, over all blocks, divided by the norm of that sum (inf where the sum is 0).
       error: the same over all sites.
@@ -54,6 +55,7 @@ class _Stack:
 
     `places` are theirs in the list of adapters; `a` and `b` hold n fp64 arrays [L, r, h] and
     [L, r, o], whose ranks may differ, and `scale` [n, L]; an adapter's other blocks are zeros.
+    `ranks` [n, L] says how many rows are real.
     """
 
     site: str
@@ -64,6 +66,7 @@ class _Stack:
     a: list[np.ndarray]
     b: list[np.ndarray]
     scale: np.ndarray
+    ranks: np.ndarray
 
     @property
     def coefficients(self) -> np.ndarray:
@@ -121,17 +124,19 @@ def combine(
     squares: dict[str, tuple[float, float]] = {}
     for stack in stacks:
         with np.errstate(over="ignore", invalid="ignore"):
-            if how == "exact":
-                a, b = _exact(stack) if rank is None else _truncated(*_exact(stack), rank)
-            elif rank is None:
-                a, b = _on_factors(stack, rule)
+            ranks: np.ndarray | None = None
+            if rank is None:
+                a, b, ranks = _packed(stack) if how == "exact" else _on_factors(stack, rule)
+            elif how == "exact":
+                a, b = _truncated(*_exact(stack), rank)
             else:
                 a, b = _on_deltas(stack, rule, rank)
             a, b = a.astype(np.float32), b.astype(np.float32)
         if not (np.isfinite(a).all() and np.isfinite(b).all()):
             raise InputError(f"the combination at {stack.site!r} is not finite in fp32")
         ones = jnp.ones(len(stack.blocks), jnp.float32)
-        factors[stack.site] = LowRank(jnp.asarray(a), jnp.asarray(b), ones, stack.layers)
+        own = tuple(ranks.tolist()) if ranks is not None and differ(ranks.tolist()) else None
+        factors[stack.site] = LowRank(jnp.asarray(a), jnp.asarray(b), ones, stack.layers, own)
         squares[stack.site] = _distance(stack, a, b)
     errors = {site: _ratio(*pair) for site, pair in squares.items()}
     distance, norm = (sum(part) for part in zip(*squares.values(), strict=True))
@@ -148,6 +153,18 @@ def _exact(stack: _Stack) -> tuple[np.ndarray, np.ndarray]:
     """The weighted sum of the changes as a [L, sum r, h] and b [L, sum r, o]."""
     b = [c[:, None, None] * x for c, x in zip(stack.coefficients, stack.b, strict=True)]
     return np.concatenate(stack.a, axis=1), np.concatenate(b, axis=1)
+
+
+def _packed(stack: _Stack) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The same with each block's real rows first and no more of others than needed; their count."""
+    a, b = _exact(stack)
+    widths = [x.shape[1] for x in stack.a]
+    real = np.concatenate(
+        [np.arange(w)[None] < own[:, None] for w, own in zip(widths, stack.ranks, strict=True)], 1
+    )
+    ranks = real.sum(1)
+    first = np.argsort(~real, axis=1, kind="stable")[:, : ranks.max(), None]
+    return np.take_along_axis(a, first, 1), np.take_along_axis(b, first, 1), ranks
 
 
 def _truncated(a: np.ndarray, b: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
@@ -190,8 +207,8 @@ class _Rule:
         return (weighted * agrees).sum(0) / np.maximum(agrees.sum(0), 1)
 
 
-def _on_factors(stack: _Stack, rule: _Rule) -> tuple[np.ndarray, np.ndarray]:
-    """A and B merged each by itself, with the root of the coefficients on both."""
+def _on_factors(stack: _Stack, rule: _Rule) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A and B merged each by itself, with the root of the coefficients on both; their ranks."""
     ranks = [x.shape[1] for x in stack.a]
     if len(set(ranks)) > 1:
         other = "" if rule.how == "linear" else ", or give rank to merge the dense changes"
@@ -206,6 +223,7 @@ def _on_factors(stack: _Stack, rule: _Rule) -> tuple[np.ndarray, np.ndarray]:
     return (
         np.stack([rule.merge(stack, "a", k, signed[:, k], a[:, k]) for k in blocks]),
         np.stack([rule.merge(stack, "b", k, root[:, k], b[:, k]) for k in blocks]),
+        stack.ranks.max(0),
     )
 
 
@@ -352,7 +370,7 @@ def _stack(site: str, adapters: Sequence[Factors], weights: Sequence[float]) -> 
     layers = None if depths else tuple(named)
     blocks = tuple(range(depths[0])) if depths else tuple(named)
 
-    def spread(leaf: jax.Array, f: LowRank) -> np.ndarray:
+    def spread(leaf: jax.Array | tuple[int, ...], f: LowRank) -> np.ndarray:
         array = np.asarray(leaf, np.float64)
         if f.layers is None or f.layers == blocks:
             return array
@@ -369,4 +387,5 @@ def _stack(site: str, adapters: Sequence[Factors], weights: Sequence[float]) -> 
         [spread(f.a, f) for f in own],
         [spread(f.b, f) for f in own],
         np.stack([spread(f.scale, f) for f in own]),
+        np.stack([spread(f.ranks or (f.rank,) * len(f.scale), f) for f in own]).astype(int),
     )

@@ -85,10 +85,23 @@ class TestExact:
             "q_proj": (5, None),
             "down_proj": (3, (0, 2)),
         }
+        assert found.factors["q_proj"].ranks == (5, 2, 5)
+        assert not np.any(found.factors["q_proj"].a[1, 2:])
         few = [{"q_proj": dataclasses.replace(_blocks(draw(1, i))["q_proj"], layers=k)}
                for i, k in enumerate([(0, 2), (2, 4)])]  # fmt: skip
         assert combine(few, [1, 1]).factors["q_proj"].layers == (0, 2, 4)
+        assert combine(few, [1, 1]).factors["q_proj"].ranks == (1, 2, 1)
         assert_close(combine(few, [1, 1]).factors, weighted_sum(few, [1, 1], 5), 5)
+
+    def test_ranks_that_differ_by_block_are_kept(self):
+        several = [random_one("lora-patterns").factors(), random_one("lora").factors()]
+        found = combine(several, [0.5, -2])
+        assert_close(found.factors, weighted_sum(several, [0.5, -2]))
+        assert [several[0][name].ranks for name in found.factors] == [(1, 3, 3), (1, 2, 2)]
+        assert [found.factors[name].ranks for name in found.factors] == [(3, 5, 5), (3, 4, 4)]
+        assert not np.any(found.factors["down_proj"].b[0, 3:])
+        alone = combine(several[:1], [2.0], "ties", density=1.0).factors
+        assert alone["down_proj"].ranks == (1, 2, 2)
 
     @pytest.mark.parametrize("rank", [1, 3, 9])
     def test_with_a_rank_it_is_the_best_approximation_of_that_rank(self, rank):
