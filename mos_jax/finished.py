@@ -11,14 +11,27 @@ from typing import Any
 import jax
 
 from mos_jax.adapters.adapter import Adapter
-from mos_jax.adapters.storage import AdapterCard, load_adapter, read_card
+from mos_jax.adapters.low_rank import LowRank
+from mos_jax.adapters.storage import (
+    CARD_FILE,
+    AdapterCard,
+    load_adapter,
+    make_card,
+    read_card,
+    save_adapter,
+)
 from mos_jax.data.config import DataConfig
 from mos_jax.data.load import Data, load_data
 from mos_jax.errors import InputError, suggest
+from mos_jax.interop.as_lora import lora_from_factors
+from mos_jax.interop.card import describe_card
 from mos_jax.interop.check import largest_logit_difference, probe_tokens
 from mos_jax.interop.peft import export_peft, read_peft_factors
+from mos_jax.interop.peft_config import CONFIG_FILE as PEFT_CONFIG
 from mos_jax.interop.peft_folder import ARRAYS_FILE
-from mos_jax.models.base import Base, load_base
+from mos_jax.interop.peft_import import import_peft, peft_facts
+from mos_jax.interop.peft_native import export_native
+from mos_jax.models.base import NAMED_BASES, Base, load_base
 from mos_jax.models.projection import Factors
 from mos_jax.models.quantized import SCHEMES
 
@@ -99,27 +112,82 @@ class Finished:
             fields[f"{split}_examples"] = examples
         return load_data(DataConfig.create(**fields), self.base.tokenizer)
 
-    def export_peft(self, path: str | os.PathLike[str], overwrite: bool = False) -> Exported:
+    def export_peft(
+        self,
+        path: str | os.PathLike[str],
+        overwrite: bool = False,
+        pad_rank: int | None = None,
+        allow_rounding: bool = False,
+    ) -> Exported:
         """Writes the adapter as a PEFT LoRA folder, reads it back and compares the logits.
 
+        Args:
+          path: the folder.
+          overwrite: replace a PEFT adapter that stands there.
+          pad_rank: one rank and alpha for all sites, as vLLM needs it; see `export_peft`.
+          allow_rounding: with `pad_rank`, also where B is rounded by it.
+
         Raises:
-          InputError: if `path` exists and `overwrite` is not set.
+          InputError: if `path` exists and `overwrite` is not set, or for a `pad_rank` that cannot
+            be had.
         """
-        if self.adapter is None or self.card is None or self.factors is None:
-            raise InputError("there is no adapter to export; give --adapter")
+        _, card, factors = self._loaded()
         export_peft(
             path,
-            self.factors,
+            factors,
             base_name=self.base.name,
             num_layers=self.base.config.num_layers,
-            card=_card_for_people(self.card),
+            card=describe_card(card),
+            overwrite=overwrite,
+            pad_rank=pad_rank,
+            allow_rounding=allow_rounding,
+        )
+        return self._compared(path, read_peft_factors(path, self.base.sites))
+
+    def export_native(self, path: str | os.PathLike[str], overwrite: bool = False) -> Exported:
+        """Writes the adapter as PEFT's own type of its method, reads it back and compares.
+
+        Raises:
+          InputError: if PEFT has no such type, or `path` exists and `overwrite` is not set.
+        """
+        adapter, card, _ = self._loaded()
+        export_native(
+            path,
+            adapter,
+            base_name=self.base.name,
+            num_layers=self.base.config.num_layers,
+            card=describe_card(card),
             overwrite=overwrite,
         )
-        again = read_peft_factors(path, self.base.sites)
+        return self._compared(path, import_peft(path, self.base).factors())
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Writes the adapter as one of mos_jax, with what its card says.
+
+        Raises:
+          InputError: if something stands at `path`.
+        """
+        adapter, card, _ = self._loaded()
+        if Path(path).exists():
+            raise InputError(f"{path} exists; choose another folder")
+        return save_adapter(
+            path,
+            adapter,
+            base_fingerprint=card.base_fingerprint or self.base.fingerprint,
+            metadata=card.metadata,
+        )
+
+    def _loaded(self) -> tuple[Adapter, AdapterCard, Factors]:
+        if self.adapter is None or self.card is None or self.factors is None:
+            raise InputError("there is no adapter to export; give --adapter")
+        return self.adapter, self.card, self.factors
+
+    def _compared(self, path: str | os.PathLike[str], again: Mapping[str, LowRank]) -> Exported:
+        _, _, factors = self._loaded()
         tokens = probe_tokens(self.base.config.vocab_size)
-        difference = largest_logit_difference(self.base.model, tokens, self.factors, again)
+        difference = largest_logit_difference(self.base.model, tokens, factors, again)
         return Exported(
-            max(factor.rank for factor in self.factors.values()),
+            max(factor.rank for factor in again.values()),
             (Path(path) / ARRAYS_FILE).stat().st_size,
             difference,
             tokens.size,
@@ -131,16 +199,18 @@ def load_finished(
     base: str | Base | None = None,
     dtype: str = "float32",
     quantize: str = AS_TRAINED,
+    as_lora: bool = False,
 ) -> Finished:
     """Loads an adapter and its base, checking that they belong together.
 
     Args:
-      adapter: folder of the adapter; None for the base alone.
+      adapter: folder of the adapter, one of mos_jax or of PEFT; None for the base alone.
       base: name or path of the base, or the base itself, which is then taken as it is; None = the
         one the adapter was trained on.
       dtype: of the base.
       quantize: how the base's weights are stored, one of `QUANTIZE`: as in the training of the
         adapter, "none" for `dtype`, or a scheme.
+      as_lora: whatever the adapter's method or type, make a LoRA of its factors.
 
     Raises:
       InputError: for a missing or damaged adapter, another base than it was trained on, or an
@@ -152,17 +222,47 @@ def load_finished(
     if not adapter:
         if not base:
             raise InputError("--adapter is missing; for example --adapter=runs/q/adapter")
-        alone = base if isinstance(base, Base) else load_base(base, dtype, quantize=scheme)
-        return Finished(alone, None, None, None)
+        return Finished(_as_base(base, dtype, scheme), None, None, None)
+    folder = Path(adapter)
+    if (folder / PEFT_CONFIG).is_file() and not (folder / CARD_FILE).is_file():
+        return _load_peft(folder, base, dtype, scheme, as_lora)
     card = read_card(adapter)
     name = base or card.metadata.get("base")
     if not name:
         raise InputError(f"{adapter} does not say which base it is for; give --base")
     if quantize == AS_TRAINED:
         scheme = trained_quantization(card)
-    loaded = name if isinstance(name, Base) else load_base(name, dtype, quantize=scheme)
+    loaded = _as_base(name, dtype, scheme)
     module = load_adapter(adapter, sites=loaded.sites, base_fingerprint=loaded.fingerprint)
+    if as_lora and card.method != "lora":
+        module = lora_from_factors(module.factors(), loaded.sites)
+        metadata = {"base": loaded.name, "converted": describe_card(card)}
+        card = make_card(module, "", base_fingerprint=card.base_fingerprint, metadata=metadata)
     factors = jax.jit(lambda module: module.factors())(module)
+    return Finished(loaded, module, card, factors)
+
+
+def _as_base(base: str | Base, dtype: str, scheme: str | None) -> Base:
+    return base if isinstance(base, Base) else load_base(base, dtype, quantize=scheme)
+
+
+def _load_peft(
+    folder: Path, base: str | Base | None, dtype: str, scheme: str | None, as_lora: bool
+) -> Finished:
+    facts = peft_facts(folder)
+    named = facts.get("base_model_name_or_path")
+    if not base and not named:
+        raise InputError(f"{folder} does not say which base it is for; give --base")
+    if not base and named not in NAMED_BASES and not Path(named).exists():
+        raise InputError(
+            f"{folder} is for the base {named!r}, which is neither a known name nor a path here; "
+            "give --base"
+        )
+    loaded = _as_base(base or named, dtype, scheme)
+    module = import_peft(folder, loaded, as_lora=as_lora)
+    factors = jax.jit(lambda module: module.factors())(module)
+    metadata = {"base": loaded.name, "imported": facts}
+    card = make_card(module, "", base_fingerprint=loaded.fingerprint, metadata=metadata)
     return Finished(loaded, module, card, factors)
 
 
@@ -174,19 +274,3 @@ def trained_quantization(card: AdapterCard) -> str | None:
 
 def _in_words(scheme: str | None) -> str:
     return f"in {scheme}" if scheme else "without quantisation"
-
-
-def _card_for_people(card: AdapterCard) -> Mapping[str, Any]:
-    config = card.metadata.get("config", {})
-    return {
-        "method": card.method,
-        **{f"{card.method}.{name}": value for name, value in card.config.items()},
-        "routing_checksum": card.routing_checksum,
-        "base": card.metadata.get("base"),
-        "base_quantization": trained_quantization(card),
-        "base_fingerprint": card.base_fingerprint,
-        "task": card.metadata.get("task"),
-        "steps": card.metadata.get("steps"),
-        **{f"training.{name}": value for name, value in config.get("training", {}).items()},
-        "mos_jax": card.metadata.get("mos_jax_version"),
-    }

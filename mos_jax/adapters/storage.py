@@ -149,18 +149,9 @@ def save_adapter(
     arrays = adapter_arrays(adapter)
     _check_values(adapter, arrays)
     payload = format_safetensors(arrays, metadata={"format": FORMAT})
-    card = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "method": adapter.config.method,
-        "config": adapter.config.to_dict(),
-        "sites": {name: dataclasses.asdict(site) for name, site in adapter.sites.items()},
-        "scale": {n: np.asarray(f.scale).tolist() for n, f in adapter.factors().items()},
-        "routing_checksum": _routing_checksum(adapter),
-        "base_fingerprint": base_fingerprint,
-        "arrays_sha256": hashlib.sha256(payload).hexdigest(),
-        "metadata": dict(metadata) if isinstance(metadata, Mapping) else metadata or {},
-    }
+    digest = hashlib.sha256(payload).hexdigest()
+    made = make_card(adapter, digest, base_fingerprint=base_fingerprint, metadata=metadata)
+    card = {"format": FORMAT, "format_version": FORMAT_VERSION, **dataclasses.asdict(made)}
     _check_types(card, "the card to write")
     try:
         text = json.dumps(card, indent=2, allow_nan=False) + "\n"
@@ -170,6 +161,26 @@ def save_adapter(
         write_file(fresh / ARRAYS_FILE, payload)
         write_file(fresh / CARD_FILE, text.encode())
     return path
+
+
+def make_card(
+    adapter: Adapter,
+    arrays_sha256: str,
+    *,
+    base_fingerprint: str | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> AdapterCard:
+    """The card of an adapter whose arrays lie in a file of this SHA-256, "" for none."""
+    return AdapterCard(
+        method=adapter.config.method,
+        config=adapter.config.to_dict(),
+        sites=adapter.sites,
+        scale={name: np.asarray(f.scale).tolist() for name, f in adapter.factors().items()},
+        routing_checksum=_routing_checksum(adapter),
+        base_fingerprint=base_fingerprint,
+        arrays_sha256=arrays_sha256,
+        metadata=dict(metadata) if isinstance(metadata, Mapping) else metadata or {},
+    )
 
 
 def read_card(path: str | os.PathLike[str]) -> AdapterCard:

@@ -6,7 +6,11 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from mos_jax.adapters.storage import AdapterCard
 from mos_jax.errors import InputError
+
+# Sections of an adapter's metadata that say what it was made of, other than by training here.
+ORIGINS = ("imported", "converted", "combined")
 
 
 def card_lines(card: Mapping[str, Any] | None) -> list[str]:
@@ -31,3 +35,33 @@ def card_lines(card: Mapping[str, Any] | None) -> list[str]:
             text = f"`{text}`"
         lines.append(f"- **{' '.join(str(key).split())}**: {text}")
     return lines
+
+
+def describe_card(card: AdapterCard) -> dict[str, Any]:
+    """What an adapter's card says of how it came about: JSON values by name, for people.
+
+    What an adapter was imported from, made into a LoRA from or combined of stands in its metadata
+    under one of `ORIGINS`, an object; its entries come first, as `"imported.format"` and so on.
+    What is not known is left out.
+    """
+    config = card.metadata.get("config", {})
+    base = config.get("base", {})
+    origins = {
+        f"{origin}.{name}": value
+        for origin in ORIGINS
+        for name, value in card.metadata.get(origin, {}).items()
+    }
+    known = {
+        **origins,
+        "method": card.method,
+        **{f"{card.method}.{name}": value for name, value in card.config.items()},
+        "routing_checksum": card.routing_checksum,
+        "base": card.metadata.get("base"),
+        "base_quantization": base.get("quantize") if isinstance(base, Mapping) else None,
+        "base_fingerprint": card.base_fingerprint,
+        "task": card.metadata.get("task"),
+        "steps": card.metadata.get("steps"),
+        **{f"training.{name}": value for name, value in config.get("training", {}).items()},
+        "mos_jax": card.metadata.get("mos_jax_version"),
+    }
+    return {name: value for name, value in known.items() if value is not None and value != {}}
