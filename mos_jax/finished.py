@@ -250,15 +250,15 @@ def _load_peft(
     folder: Path, base: str | Base | None, dtype: str, scheme: str | None, as_lora: bool
 ) -> Finished:
     facts = peft_facts(folder)
-    named = facts.get("base_model_name_or_path")
-    if not base and not named:
+    wanted: str | Base | None = base or facts.get("base_model_name_or_path")
+    if not wanted:
         raise InputError(f"{folder} does not say which base it is for; give --base")
-    if not base and named not in NAMED_BASES and not Path(named).exists():
+    if not base and wanted not in NAMED_BASES and not Path(str(wanted)).exists():
         raise InputError(
-            f"{folder} is for the base {named!r}, which is neither a known name nor a path here; "
+            f"{folder} is for the base {wanted!r}, which is neither a known name nor a path here; "
             "give --base"
         )
-    loaded = _as_base(base or named, dtype, scheme)
+    loaded = _as_base(wanted, dtype, scheme)
     module = import_peft(folder, loaded, as_lora=as_lora)
     factors = jax.jit(lambda module: module.factors())(module)
     metadata = {"base": loaded.name, "imported": facts}
