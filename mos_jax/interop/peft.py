@@ -165,19 +165,24 @@ def read_lora_factors(
     factors = {}
     for name, shape in adapted.items():
         own = [(name, layer) for layer in shape.blocks]
-        rank = max(map(config.rank, own))
-        a = np.zeros((len(own), rank, shape.d_in), np.float32)
-        b = np.zeros((len(own), rank, shape.d_out), np.float32)
-        for position, site in enumerate(own):
-            r = config.rank(site)
-            a[position, :r] = take(arrays, tensor_name(site, "A"), (r, shape.d_in))
-            b[position, :r] = take(arrays, tensor_name(site, "B"), (shape.d_out, r)).T
-        scale = np.array([config.scale(site) for site in own], np.float32)
         ranks = tuple(map(config.rank, own))
+        # Taken before anything is allocated: only now is it known that the ranks are those of the
+        # tensors.
+        pairs = [
+            (
+                take(arrays, tensor_name(site, "A"), (r, shape.d_in)),
+                take(arrays, tensor_name(site, "B"), (shape.d_out, r)),
+            )
+            for site, r in zip(own, ranks, strict=True)
+        ]
+        a = np.zeros((len(own), max(ranks), shape.d_in), np.float32)
+        b = np.zeros((len(own), max(ranks), shape.d_out), np.float32)
+        for position, (r, pair) in enumerate(zip(ranks, pairs, strict=True)):
+            a[position, :r], b[position, :r] = pair[0], pair[1].T
         factors[name] = LowRank(
             jnp.asarray(a),
             jnp.asarray(b),
-            jnp.asarray(scale),
+            jnp.asarray(np.array([config.scale(site) for site in own], np.float32)),
             shape.layers,
             ranks if differ(ranks) else None,
         )

@@ -50,6 +50,8 @@ _VARIANTS = {
     "arrow_config": "Arrow, a router over several adapters",
     "fan_in_fan_out": "weights of Conv1D",
 }
+# The largest fp32 number.
+LARGEST = float(np.finfo(np.float32).max)
 
 
 def _is_rank(value: Any) -> bool:
@@ -57,7 +59,10 @@ def _is_rank(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    # An int of JSON may have any number of digits.
+    return -LARGEST <= value <= LARGEST
 
 
 def _is_seed(value: Any) -> bool:
@@ -136,7 +141,7 @@ class PeftConfig:
     def __init__(self, file: Path, raw: Mapping[str, Any]):
         self.file = file
         self.raw = raw
-        self.kind: str = raw.get("peft_type", "")
+        self.kind: str = str(raw.get("peft_type"))
         self._check_kind()
         self._check_types()
 
@@ -238,7 +243,7 @@ class PeftConfig:
     def _compile(self, expression: str, field: str) -> re.Pattern[str]:
         try:
             return re.compile(expression)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise InputError(
                 f"{self.file}: {field} holds {expression!r}, which is not a regular expression "
                 f"({error})"

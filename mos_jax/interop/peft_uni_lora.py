@@ -54,6 +54,13 @@ def import_uni_lora(folder: Path, config: PeftConfig, sites: Sites) -> Adapter:
         uses = count_uses(index, length)
         found["scales"] = _saved_scales(arrays, sites, places, scales_of(np.maximum(uses, 1)))
     else:
+        # Nothing else in such a folder says that its rank is one that fits in memory.
+        widest = max(max(site.d_in, site.d_out) for site in sites.values())
+        if ours.rank > widest:
+            raise InputError(
+                f"{config.file}: r = {ours.rank} is above every width of the base's sites "
+                f"({widest}), and there is no index to draw for such a rank"
+            )
         index = _index_arrays(drawn_places(sites, ours, entries), sites, ours)
         found["scales"] = scales_of(np.maximum(count_uses(index, length), 1))
     return filled_adapter(ours, sites, found | index)

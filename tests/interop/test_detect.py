@@ -1,3 +1,4 @@
+import functools
 import json
 import pickle
 
@@ -53,7 +54,7 @@ MAKE = {
     "mos_jax adapter": (ours, "method mos on q_proj, up_proj, down_proj, for the base tiny-random"),
     **{
         f"PEFT {kind}": (
-            lambda path, kind=kind: write_peft(path, kind),
+            functools.partial(write_peft, kind=kind),
             "on down_proj, q_proj, for the base org/base",
         )
         for kind in KINDS

@@ -180,13 +180,16 @@ class TestEveryType:
             ({"fan_in_fan_out": True}, "fan_in_fan_out = True .*Conv1D"),
             ({"task_type": "SEQ_CLS"}, "task_type = 'SEQ_CLS'"),
             ({"r": 0}, "r must be an integer >= 1"),
+            ({"r": 10**30}, r"must be \[|above every width"),
+            ({"peft_type": ["LORA"]}, r"peft_type = \['LORA'\] is not supported"),
+            ({"target_modules": "a{99999999999999999999}"}, "not a regular expression"),
             ({"from_the_future": 1}, "from_the_future = 1 is not supported; only a plain"),
             ({"use_dora": True}, "use_dora = True"),
             ({"target_modules": ["q_proj", "lm_head"]}, "'lm_head', which is none of the sites"),
         ],
     )
     def test_refused_variants(self, tmp_path, kind, changes, message):
-        folder = write_peft(tmp_path / "x", kind, **({} if "r" in changes else changes))
+        folder = write_peft(tmp_path / "x", kind)
         edit_config(folder, **changes)
         with pytest.raises(InputError, match=message):
             import_peft(folder, SITES)
@@ -213,6 +216,8 @@ def test_other_types_are_refused_by_name(tmp_path, kind):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"lora_alpha": 10**400}, "lora_alpha must be a finite number"),
+        ({"lora_alpha": 1e39}, "lora_alpha must be a finite number"),
         ({"use_dora": True}, "DoRA"),
         ({"alora_invocation_tokens": [1, 2]}, "aLoRA"),
         ({"trainable_token_indices": [1]}, "rows of the embeddings"),
@@ -385,6 +390,12 @@ class TestUniLoRA:
         name = f"{module('down_proj', 1)}.unilora_{part}"
         edit_tensors(folder, lambda t: t.update({name: change(t[name])}))
         with pytest.raises(InputError, match=message):
+            import_peft(folder, SITES)
+
+    def test_a_rank_that_nothing_bounds_is_refused(self, tmp_path):
+        folder = write_peft(tmp_path / "x", "UNILORA", save_indices=False)
+        edit_config(folder, r=10**9)
+        with pytest.raises(InputError, match=r"r = 1000000000 is above every width .*\(16\)"):
             import_peft(folder, SITES)
 
     def test_more_entries_than_places_are_refused(self, tmp_path):
