@@ -1,6 +1,7 @@
 """Writes weights as the files the readers read, from the formats' own definitions."""
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
@@ -95,8 +96,8 @@ def write_folder(
     return folder
 
 
-def _interleave(rows: np.ndarray, num_heads: int) -> np.ndarray:
-    """Row i of a head's first half goes to 2i, row i of its second half to 2i + 1."""
+def as_pairs(rows: np.ndarray, num_heads: int) -> np.ndarray:
+    """What the architecture "llama" stores: of each head, rows i and i + half in turn."""
     out = np.empty_like(rows)
     width = rows.shape[0] // num_heads
     for head in range(num_heads):
@@ -208,9 +209,9 @@ def write_gguf(
         if name in drop:
             continue
         if architecture == "llama" and name.endswith("attn_q.weight"):
-            array = _interleave(array, config.num_heads)
+            array = as_pairs(array, config.num_heads)
         elif architecture == "llama" and name.endswith("attn_k.weight"):
-            array = _interleave(array, config.num_kv_heads)
+            array = as_pairs(array, config.num_kv_heads)
         stored = "F32" if array.ndim == 1 else kind
         writer.add_tensor(
             name, quantise(array, stored), raw_dtype=gguf.GGMLQuantizationType[stored]
@@ -220,6 +221,64 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def plain_tensors(path):
+    """Every tensor in float32 through the reader of the `gguf` package."""
+    return {
+        tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type)
+        for tensor in gguf.GGUFReader(path).tensors
+    }
+
+
+def as_halves(rows, heads):
+    """Rows 2 i and 2 i + 1 of each head go to i and to i + half a head."""
+    width = rows.shape[0] // heads
+    out = np.empty_like(rows)
+    for head in range(heads):
+        for i in range(width):
+            to = head * width + i // 2 + (i % 2) * (width // 2)
+            out[to] = rows[head * width + i]
+    return out
+
+
+def greedy_merge(
+    text: str, tokens: list[str], types: list[int], scores: list[float], prefix: bool = False
+) -> list[int]:
+    """SentencePiece's BPE as a loop: of all neighbours, the best pair merges, again and again.
+
+    Control, unknown and user-defined tokens are whole first, the longest at each place; `prefix`
+    puts a space before every text between them.
+    """
+    ids = {token: index for index, token in enumerate(tokens)}
+    whole = [token for token, kind in zip(tokens, types, strict=True) if kind in (2, 3, 4)]
+    normal = {t: s for t, kind, s in zip(tokens, types, scores, strict=True) if kind == 1}
+    out: list[int] = []
+
+    def flush(plain: str) -> None:
+        parts = list(("▁" if prefix and plain else "") + plain.replace(" ", "▁"))
+        while True:
+            pairs = ["".join(pair) for pair in itertools.pairwise(parts)]
+            known = [(normal[pair], -at) for at, pair in enumerate(pairs) if pair in normal]
+            if not known:
+                break
+            at = -max(known)[1]
+            parts[at : at + 2] = [pairs[at]]
+        for part in parts:
+            names = [part] if part in normal else [f"<0x{byte:02X}>" for byte in part.encode()]
+            out.extend(ids[name] for name in names)
+
+    start = at = 0
+    while at < len(text):
+        found = max((token for token in whole if text.startswith(token, at)), key=len, default="")
+        if found:
+            flush(text[start:at])
+            out.append(ids[found])
+            start = at = at + len(found)
+        else:
+            at += 1
+    flush(text[start:])
+    return out
 
 
 def byte_alphabet() -> list[str]:

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import gguf
 import numpy as np
 import pytest
 
@@ -11,7 +10,7 @@ from mos_jax.models.config import RopeScaling
 from mos_jax.models.gguf import GGUF_TYPES, open_gguf, read_config, read_weights, tensor_names
 from mos_jax.models.tiny import tiny_weights
 from tests.models.fixtures_families import family_config
-from tests.models.fixtures_models import write_gguf
+from tests.models.fixtures_models import as_halves, plain_tensors, write_gguf
 
 CONFIGS = {
     "llama": family_config("llama", rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192)),
@@ -36,25 +35,6 @@ def test_round_trip(tmp_path, name):
     assert read.keys() == weights.keys()
     for key, value in weights.items():
         np.testing.assert_array_equal(read[key], value, err_msg=key)
-
-
-def plain_tensors(path):
-    """Every tensor in float32 through the reader of the `gguf` package."""
-    return {
-        tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type)
-        for tensor in gguf.GGUFReader(path).tensors
-    }
-
-
-def as_halves(rows, heads):
-    """Rows 2 i and 2 i + 1 of each head go to i and to i + half a head."""
-    width = rows.shape[0] // heads
-    out = np.empty_like(rows)
-    for head in range(heads):
-        for i in range(width):
-            to = head * width + i // 2 + (i % 2) * (width // 2)
-            out[to] = rows[head * width + i]
-    return out
 
 
 @pytest.mark.parametrize("kind", GGUF_TYPES)

@@ -1,6 +1,5 @@
 """Tokenizers from GGUF metadata against plain loops and hand-made splits."""
 
-import itertools
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ from mos_jax.errors import InputError
 from mos_jax.models.gguf import GGUFFile
 from mos_jax.models.gguf_tokenizer import PRE_TOKENIZERS, merges_of_scores
 from mos_jax.models.tokenizer import CHATML, Tokenizer
-from tests.models.fixtures_models import byte_alphabet
+from tests.models.fixtures_models import byte_alphabet, greedy_merge
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -51,36 +50,7 @@ def sentencepiece(**changes):
 
 
 def greedy(text, prefix):
-    """SentencePiece's BPE as a loop: of all neighbours, the best pair merges, again and again."""
-    ids = {token: index for index, token in enumerate(TOKENS)}
-    whole = [t for t, kind in zip(TOKENS, TYPES, strict=True) if kind in (2, 3, 4)]
-    scores = dict(zip(PIECES, SCORES[-1 - len(PIECES) : -1], strict=True))
-    out, plain = [], ""
-
-    def flush():
-        nonlocal plain
-        parts = list(("▁" if prefix and plain else "") + plain.replace(" ", "▁"))
-        while True:
-            pairs = ["".join(pair) for pair in itertools.pairwise(parts)]
-            known = [(scores[pair], -at) for at, pair in enumerate(pairs) if pair in scores]
-            if not known:
-                break
-            at = -max(known)[1]
-            parts[at : at + 2] = [pairs[at]]
-        for part in parts:
-            out.extend([ids[part]] if part in scores else [5 + byte for byte in part.encode()])
-        plain = ""
-
-    while text:
-        found = max((token for token in whole if text.startswith(token)), key=len, default=None)
-        if found is None:
-            plain, text = plain + text[0], text[1:]
-        else:
-            flush()
-            out.append(ids[found])
-            text = text[len(found) :]
-    flush()
-    return out
+    return greedy_merge(text, TOKENS, TYPES, SCORES, prefix)
 
 
 EXAMPLES = [
