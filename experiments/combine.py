@@ -16,7 +16,7 @@ from absl import flags
 from mos_jax import app
 
 ADAPTER = flags.DEFINE_multi_string(
-    "adapter", None, "Folder of an adapter or a PEFT LoRA, or NAME=FOLDER; give it for each."
+    "adapter", None, "Folder of an adapter, ours or PEFT's, or NAME=FOLDER; give it for each."
 )
 WEIGHTS = flags.DEFINE_list("weights", None, "One for each, with commas; below 0 subtracts.")
 HOW = flags.DEFINE_string("how", "exact", "exact, linear, ties, dare_linear or dare_ties.")

@@ -16,7 +16,7 @@ from mos_jax import app
 ADAPTER = flags.DEFINE_multi_string(
     "adapter",
     None,
-    "Folder of an adapter or a PEFT LoRA, or NAME=FOLDER; give it again for more, one row each. "
+    "Folder of an adapter, ours or PEFT's, or NAME=FOLDER; give it again for more, one row each. "
     "None = the base alone.",
 )
 BASE = flags.DEFINE_string("base", None, "Name or path of the base; default: the one trained on.")

@@ -12,9 +12,9 @@ from mos_jax.adapters.low_rank import LowRank
 from mos_jax.adapters.storage import CARD_FILE, read_card
 from mos_jax.errors import InputError
 from mos_jax.finished import AS_TRAINED, Finished, load_finished
-from mos_jax.interop.peft import read_peft_factors
 from mos_jax.interop.peft_config import CONFIG_FILE
 from mos_jax.interop.peft_fields import read_raw
+from mos_jax.interop.peft_import import import_peft
 from mos_jax.models.base import Base
 from mos_jax.models.decoder import FactorsSource
 
@@ -52,7 +52,7 @@ def load_several(
     """Loads adapters and the base they share.
 
     Args:
-      adapters: of each, "FOLDER" or "NAME=FOLDER", the folder of an adapter or of a PEFT LoRA.
+      adapters: of each, "FOLDER" or "NAME=FOLDER", the folder of an adapter, ours or PEFT's.
         Without a name it has that of its method; for a PEFT folder "peft".
       base: name or path of the base; None = the one that the first adapter was trained on.
       dtype: of the base.
@@ -104,4 +104,6 @@ def _load(folder: Path, base: Base | str | None, dtype: str, quantize: str) -> F
     if not base:
         raise InputError(f"{folder} does not say which base it is for; give --base")
     loaded = load_finished(None, base, dtype, quantize).base
-    return Finished(loaded, None, None, read_peft_factors(folder, loaded.sites))
+    # Only its factors count here, and as a LoRA every type has them.
+    adapter = import_peft(folder, loaded, as_lora=True)
+    return Finished(loaded, adapter, None, adapter.factors())

@@ -32,11 +32,14 @@ def test_the_commands_run_after_it(folder):
     (text,) = blocks("bash")
     commands = [shlex.split(line) for line in text.replace("\\\n", " ").splitlines()]
     outputs = []
+    assert len(commands) == 2
     for python, program, *flags in commands:
         assert (python, program[:12], program[-3:]) == ("python", "experiments/", ".py")
         flags = [flag.replace("runs/", f"{folder}/runs/") for flag in flags]
         outputs.append(call(program[12:-3], *flags).stdout)
-    assert "of the changes is" in outputs[0]
+    assert "q_proj     rank   7  distance " in outputs[0]
+    assert float(outputs[0].split("of the changes is ")[1].split()[0]) < 1e-6
+    assert "**combination**: exact" in (folder / "runs/both/README.md").read_text()
     assert re.findall(r"^\[(\w+)\] ", outputs[1], re.MULTILINE) == ["base", "french", "both"]
 
 

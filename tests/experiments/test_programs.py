@@ -111,22 +111,6 @@ def test_several_adapters_answer_in_one_batch_as_each_does_alone(quickstart):
     assert call("generate", ours, *prompts).stdout == answers[1] + answers[4]
 
 
-def test_a_combination_is_written_and_used_like_an_adapter(quickstart, tmp_path):
-    workdir, _, _ = quickstart
-    two = (f"--adapter={workdir}/adapter", f"--adapter=lora={workdir}/peft")
-    out = tmp_path / "both"
-    done = call("combine", *two, "--weights=1.5,-0.5", f"--out={out}").stdout
-    assert "q_proj     rank   6  distance " in done
-    assert float(done.split("of the changes is ")[1].split()[0]) < 1e-6
-    # 1.5 - 0.5 of the same adapter.
-    flags = ("--compare", "--prompt=Hello", "--max_new_tokens=4")
-    answers = dict(labelled(call("generate", two[0], f"--adapter={out}", *flags).stdout))
-    assert answers["mos"] == answers["peft"] != answers["base"]
-    thinned = ("--how=dare_ties", "--density=0.5", "--rank=2", "--overwrite")
-    call("combine", *two, "--weights=1,1", f"--out={out}", *thinned)
-    assert "**combination**: dare_ties" in (out / "README.md").read_text()
-
-
 def test_export_says_how_exact_it_is_and_does_not_overwrite(quickstart, tmp_path):
     workdir, _, _ = quickstart
     flags = (f"--adapter={workdir}/adapter", "--format=peft", f"--out={tmp_path / 'peft'}")
