@@ -77,13 +77,18 @@ def generate(
       For each prompt, the new ids, without the stop id.
 
     Raises:
-      InputError: for an empty prompt, a token id outside the vocabulary, or a text that would
-        grow beyond the positions the model knows.
+      InputError: for an empty prompt, a token id outside the vocabulary, a text that would grow
+        beyond the positions the model knows, or a callable that is no pytree.
     """
     sampling = sampling if sampling is not None else Sampling.create()
     if not prompts:
         return []
     longest = _check_prompts(model, prompts, sampling)
+    if callable(factors) and any(leaf is factors for leaf in jax.tree.leaves(factors)):
+        raise InputError(
+            "factors that are called must be a pytree here, such as bank.for_rows(names) or "
+            f"jax.tree_util.Partial(LoRA.factors, adapter), got {factors!r}"
+        )
     length = _round_up(longest)
     slots = _round_up(longest + sampling.max_new_tokens)
     tokens = np.zeros((len(prompts), length), np.int32)

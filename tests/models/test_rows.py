@@ -155,3 +155,13 @@ def test_some_sites_only(decoder):
     for row in range(2):
         want = plain_logits(decoder, tokens[row], some[row].factors())
         np.testing.assert_allclose(got[row], want, atol=1e-4)
+
+
+def test_generate_takes_a_callable_that_is_a_pytree(decoder, adapters):
+    prompts, short = [[5, 6], [7]], Sampling.create(3)
+    inside = jax.tree_util.Partial(type(adapters[0]).factors, adapters[0])
+    want = generate(decoder, prompts, [-1], short, adapters[0].factors())
+    assert generate(decoder, prompts, [-1], short, inside) == want
+    for not_one in (adapters[0].factors, lambda layer: {}):
+        with pytest.raises(InputError, match="must be a pytree here"):
+            generate(decoder, prompts, [-1], short, not_one)
