@@ -75,8 +75,11 @@ class Finished:
 
     @property
     def note(self) -> str | None:
-        """What to know of how base and adapter go together; None where nothing is to be said."""
-        if self.card is None:
+        """What to know of how base and adapter go together; None where nothing is to be said.
+
+        An adapter whose card does not say how its base was held, such as an imported one, has none.
+        """
+        if self.card is None or "base" not in self.card.metadata.get("config", {}):
             return None
         trained, used = trained_quantization(self.card), self.base.quantization
         if trained == used:
