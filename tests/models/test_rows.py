@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from mos_jax import InputError, LoRAConfig, MoSConfig, VeRAConfig, select_sites
 from mos_jax.adapters.low_rank import LowRank
@@ -35,6 +36,24 @@ class Rows:
         return cls(jax.tree.map(stack, *[adapter.factors() for adapter in adapters]))
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Pools:
+    """Adapters of one configuration, one a row, each block assembled inside the scan."""
+
+    states: nnx.State  # of the rows, stacked
+    graphdef: nnx.GraphDef = dataclasses.field(metadata={"static": True})
+
+    def __call__(self, layer):
+        return jax.vmap(lambda one: nnx.merge(self.graphdef, one).factors(layer))(self.states)
+
+    @classmethod
+    def of(cls, adapters):
+        graphdef, _ = nnx.split(adapters[0])
+        states = [nnx.split(adapter)[1] for adapter in adapters]
+        return cls(jax.tree.map(lambda *leaves: jnp.stack(leaves), *states), graphdef)
+
+
 @pytest.fixture(scope="module")
 def decoder():
     return tiny_decoder()
@@ -59,6 +78,17 @@ def test_each_row_is_the_forward_of_its_own_adapter(decoder, adapters):
         want = plain_logits(decoder, tokens[row], adapter.factors())
         np.testing.assert_allclose(got[row], want, atol=1e-4)
     assert np.abs(got - logits_of(decoder, tokens)).max() > 0.1
+
+
+def test_rows_may_be_assembled_inside_the_scan_from_each_ones_own_pools(decoder):
+    config = MoSConfig(2, 3, 2, 1)
+    sites = select_sites(decoder.sites, ["v_proj", "down_proj"])
+    tenants = [filled_adapter(sites, config, seed) for seed in range(3)]
+    tokens = tokens_of(decoder, rows=3)
+    got = logits_of(decoder, tokens, Pools.of(tenants))
+    for row, adapter in enumerate(tenants):
+        want = plain_logits(decoder, tokens[row], adapter.factors())
+        np.testing.assert_allclose(got[row], want, atol=1e-4)
 
 
 def test_the_cache_gives_what_the_full_forward_gives(decoder, adapters):
