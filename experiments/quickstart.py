@@ -40,7 +40,9 @@ def main(_: Sequence[str]) -> None:
     console.print(
         "Try next:\n"
         f"  .venv/bin/python experiments/generate.py --adapter={adapter} --compare \\\n"
-        f'    --prompt="Ann is married to Tom. They have a child called Bob. {question}',
+        f'    --prompt="Ann is married to Tom. They have a child called Bob. {question}\n'
+        f"  .venv/bin/python experiments/convert.py --in={adapter} --format=merged \\\n"
+        f"    --out={os.path.join(WORKDIR.value, 'merged')}",
         highlight=False,
         markup=False,
         soft_wrap=True,  # a command to copy must not be broken up

@@ -164,14 +164,15 @@ class Finished:
         )
         return self._compared(path, import_peft(path, self.base).factors())
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
+    def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> Path:
         """Writes the adapter as one of mos_jax, with what its card says.
 
         Raises:
-          InputError: if something stands at `path`.
+          InputError: if something stands at `path`, unless it is such an adapter and `overwrite`
+            is set.
         """
         adapter, card, _ = self._loaded()
-        if Path(path).exists():
+        if Path(path).exists() and not overwrite:
             raise InputError(f"{path} exists; choose another folder")
         return save_adapter(
             path,

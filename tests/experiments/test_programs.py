@@ -39,6 +39,7 @@ def test_quickstart_shows_what_the_readme_promises(quickstart):
     ):
         assert words in out, words
     assert f"experiments/generate.py --adapter={workdir}/adapter --compare \\\n" in out
+    assert f"experiments/convert.py --in={workdir}/adapter --format=merged \\\n" in out
     for name in ("config.json", "metrics.jsonl", "summary.json", "adapter", "peft", "tensorboard"):
         assert (workdir / name).exists(), name
     summary = json.loads((workdir / "summary.json").read_text())
@@ -111,17 +112,6 @@ def test_several_adapters_answer_in_one_batch_as_each_does_alone(quickstart):
     assert call("generate", ours, *prompts).stdout == answers[1] + answers[4]
 
 
-def test_export_says_how_exact_it_is_and_does_not_overwrite(quickstart, tmp_path):
-    workdir, _, _ = quickstart
-    flags = (f"--adapter={workdir}/adapter", "--format=peft", f"--out={tmp_path / 'peft'}")
-    assert "largest difference of logits is 0 over 64 tokens" in call("export", *flags).stdout
-    config = json.loads((tmp_path / "peft/adapter_config.json").read_text())
-    assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 3, 16)
-    refused = call("export", *flags, ok=False)
-    assert refused.returncode == 2
-    assert len(refused.stderr.strip().splitlines()) == 1
-
-
 def test_own_data_trains_from_a_small_file(tmp_path):
     data = tmp_path / "mine.jsonl"
     lines = [{"prompt": f"What is {i} plus 1?", "completion": str(i + 1)} for i in range(20)]
@@ -172,8 +162,6 @@ SMOKE = ("--config=configs/smoke.py", "--workdir=runs/never")
         ("generate", ("--adapter==x", "--prompt=a"), "name of an adapter must be"),
         ("combine", ("--weights=1",), "--adapter is missing"),
         ("combine", ("--adapter=x", "--weights=1,a", "--out=y"), "must be numbers, got 1,a"),
-        ("export", ("--adapter=runs/never/adapter",), "--out is missing"),
-        ("export", ("--format=pickle",), "pickle"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(program, flags, words):
@@ -193,7 +181,7 @@ def test_bad_input_is_one_line_and_status_2(program, flags, words):
         "evaluate",
         "generate",
         "combine",
-        "export",
+        "convert",
         "sweep",
         "report",
         "lr_find",
