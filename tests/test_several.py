@@ -66,7 +66,7 @@ def test_a_written_combination_is_loaded_like_an_adapter(folder, base, tmp_path)
     found = combine(list(several.factors.values()), [0.7, -0.3])
     export_peft(tmp_path / "both", found.factors, base_name="tiny-random", num_layers=2)
     again = load_several([f"{tmp_path}/both"])
-    assert_same(again.factors["peft"], found.factors)
+    assert_same(again.factors["lora"], found.factors)
 
 
 def test_the_base_alone():

@@ -116,13 +116,12 @@ def combine(
         result that is not finite in fp32.
     """
     _check_settings(adapters, weights, how, density, rank, seed)
-    every = [_factors_of(place, adapter) for place, adapter in enumerate(adapters)]
-    sites = dict.fromkeys(name for own in every for name in own)
-    stacks = [_stack(site, every, weights) for site in sites]
+    every = [_factors_of(place, given) for place, given in enumerate(adapters)]
     rule = _Rule(how, density, seed)
     factors: dict[str, LowRank] = {}
     squares: dict[str, tuple[float, float]] = {}
-    for stack in stacks:
+    for site in dict.fromkeys(name for adapter in every for name in adapter):
+        stack = _stack(site, every, weights)
         with np.errstate(over="ignore", invalid="ignore"):
             ranks: np.ndarray | None = None
             if rank is None:
@@ -133,12 +132,12 @@ def combine(
                 a, b = _on_deltas(stack, rule, rank)
             a, b = a.astype(np.float32), b.astype(np.float32)
         if not (np.isfinite(a).all() and np.isfinite(b).all()):
-            raise InputError(f"the combination at {stack.site!r} is not finite in fp32")
+            raise InputError(f"the combination at {site!r} is not finite in fp32")
         ones = jnp.ones(len(stack.blocks), jnp.float32)
         own = tuple(ranks.tolist()) if ranks is not None and differ(ranks.tolist()) else None
-        factors[stack.site] = LowRank(jnp.asarray(a), jnp.asarray(b), ones, stack.layers, own)
-        squares[stack.site] = _distance(stack, a, b)
-    errors = {site: _ratio(*pair) for site, pair in squares.items()}
+        factors[site] = LowRank(jnp.asarray(a), jnp.asarray(b), ones, stack.layers, own)
+        squares[site] = _distance(stack, a, b)
+    errors = {name: _ratio(*pair) for name, pair in squares.items()}
     distance, norm = (sum(part) for part in zip(*squares.values(), strict=True))
     return Combined(how, factors, errors, _ratio(distance, norm))
 
@@ -372,6 +371,8 @@ def _stack(site: str, adapters: Sequence[Factors], weights: Sequence[float]) -> 
 
     def spread(leaf: jax.Array | tuple[int, ...], f: LowRank) -> np.ndarray:
         array = np.asarray(leaf, np.float64)
+        if not np.isfinite(array).all():
+            raise InputError(f"an adapter holds values at {site!r} that are not finite")
         if f.layers is None or f.layers == blocks:
             return array
         whole = np.zeros((len(blocks), *array.shape[1:]))

@@ -328,6 +328,7 @@ def one_block():
         ([draw(2), {"q_proj": draw(2)["down_proj"]}], [1, 1], {}, "8 -> 4 and 8 -> 12"),
         ([draw(2), _blocks(draw(2))], [1, 1], {}, "of 2 and 3 blocks"),
         ([draw(2), draw(2, sites=SOME_LAYERS)], [1, 1], {}, "the last one named is 3"),
+        ([draw(2, scale=float("nan"))], [1], {"rank": 1}, "values at 'q_proj' that are not"),
         ([draw(2, scale=1e30)], [1e30], {}, "at 'q_proj' is not finite in fp32"),
     ],
 )  # fmt: skip
