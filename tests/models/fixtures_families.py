@@ -9,7 +9,7 @@ from mos_jax.models.decoder import Decoder
 from mos_jax.models.tiny import tiny_config, tiny_weights
 
 WINDOW = 4
-_BASE: dict = {"num_layers": 3, "d_ff": 96}
+_BASE: dict = {"num_layers": 3, "d_ff": 128}
 FAMILY_FIELDS: dict[str, dict] = {
     "llama": {"rope_scaling": RopeScaling(8.0, 1.0, 4.0, 32)},
     "mistral": {"window": WINDOW, "tied_embeddings": False},

@@ -1,15 +1,22 @@
 import dataclasses
 import json
+import re
 import shutil
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
+from mos_jax import load_base
 from mos_jax.errors import InputError
+from mos_jax.models.config import FAMILIES
 from mos_jax.models.huggingface import read_config, read_weights
 from mos_jax.models.tiny import tiny_config, tiny_weights
+from mos_jax.models.tokenizer import Tokenizer
+from tests.models.fixtures_decoder import tokens_of
+from tests.models.fixtures_families import family_config, family_decoder
 from tests.models.fixtures_models import write_folder
 
 CONFIG = dataclasses.replace(tiny_config(), name="model")
@@ -180,3 +187,79 @@ def test_tiny_weights_are_reproducible_and_rounded():
     assert not np.array_equal(tiny_weights(CONFIG, seed=3)["embed"], WEIGHTS["embed"])
     with pytest.raises(InputError, match="seed = -1"):
         tiny_weights(CONFIG, seed=-1)
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_round_trip_of_a_family(tmp_path, family, stored):
+    config = family_config(family)
+    weights = tiny_weights(config)
+    folder = write_folder(tmp_path / family, config, weights, stored, shards=2)
+    assert read_config(folder) == config
+    read = read_weights(folder, config)
+    assert {name: array.shape for name, array in read.items()} == config.weight_shapes()
+    # In bfloat16 what is stored of a Gemma's norm is 1 less, and so has smaller steps.
+    tolerance = 1e-7 if stored == "float32" else 2**-8
+    for name, value in read.items():
+        assert value.dtype == np.float32
+        np.testing.assert_allclose(value, weights[name], rtol=tolerance, atol=tolerance / 4)
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_base_of_a_family(tmp_path, family, quantize):
+    config = family_config(family)
+    folder = write_folder(tmp_path / family, config, tiny_weights(config))
+    (folder / "tokenizer.json").write_text(Tokenizer.byte_level().to_json())
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
+    base, decoder = load_base(folder, quantize=quantize), family_decoder(family)
+    assert base.config == config
+    tokens = tokens_of(decoder)
+    got, want = (jax.jit(lambda d: d(tokens))(d) for d in (base.model, decoder))
+    error = np.linalg.norm(got - want) / np.linalg.norm(want)
+    assert error < 1e-6 if quantize is None else 1e-4 < error < 0.05
+
+
+@pytest.mark.parametrize(
+    ("family", "tensor"),
+    [
+        ("qwen2", "self_attn.q_proj.bias"),
+        ("qwen3", "self_attn.k_norm.weight"),
+        ("gemma3", "post_feedforward_layernorm.weight"),
+        ("gemma3", "pre_feedforward_layernorm.weight"),
+    ],
+)
+def test_a_family_lacks_none_of_its_tensors_and_llama_has_none_of_them(tmp_path, family, tensor):
+    config, name = family_config(family), f"model.layers.1.{tensor}"
+    folder = write_folder(tmp_path / "m", config, tiny_weights(config))
+    tensors = load_file(folder / "model.safetensors")
+    found = tensors.pop(name)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(InputError, match=f"tensor {re.escape(name)} is missing"):
+        read_weights(folder, config)
+    llama = family_config("llama")
+    folder = write_folder(tmp_path / "l", llama, tiny_weights(llama), extra={name: found})
+    with pytest.raises(InputError, match=f"tensor {re.escape(name)} is no part of this model"):
+        read_weights(folder, llama)
+
+
+def test_the_image_part_of_a_gemma_is_left_out(tmp_path):
+    config = family_config("gemma3")
+    weights = tiny_weights(config)
+    folder = write_folder(tmp_path / "m", config, weights)
+    text = load_file(folder / "model.safetensors")
+    image = {"vision_tower.x": np.ones(3), "multi_modal_projector.y": np.ones((2, 2))}
+    tensors = {f"language_model.{name}": array for name, array in text.items()}
+    save_file(tensors | image, folder / "model.safetensors")
+    raw = json.loads((folder / "config.json").read_text())
+    del raw["architectures"]
+    (folder / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": raw}))
+    assert read_config(folder) == dataclasses.replace(config, name="m")
+    read = read_weights(folder, config)
+    for name, array in weights.items():
+        np.testing.assert_allclose(read[name], array, atol=1e-6)
+    save_file(tensors | {"audio_tower.z": np.ones(1)}, folder / "model.safetensors")
+    with pytest.raises(InputError, match=r"audio_tower\.z"):
+        read_weights(folder, config)
+    with pytest.raises(InputError, match=r"language_model\."):
+        read_weights(write_folder(tmp_path / "l", CONFIG, WEIGHTS, extra=tensors), CONFIG)

@@ -151,7 +151,8 @@ def assert_same_logits(decoder, model):
     want = their_logits(model, tokens, real, positions)
     got = np.asarray(logits_of(decoder, tokens, positions, real))
     assert np.abs(want[real > 0]).max() > 1
-    np.testing.assert_allclose(got[real > 0], want[real > 0], atol=1e-3)
+    # They differ by less than 1e-5. The two forms of GELU differ by 9e-4 here.
+    np.testing.assert_allclose(got[real > 0], want[real > 0], atol=1e-4)
     np.testing.assert_allclose(got[:1], logits_of(decoder, tokens[:1], None, None), atol=1e-4)
 
 
