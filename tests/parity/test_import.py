@@ -24,6 +24,7 @@ from mos_jax.errors import InputError
 from mos_jax.interop.peft import export_peft
 from mos_jax.interop.peft_import import import_peft
 from mos_jax.interop.peft_native import NATIVE, export_native
+from mos_jax.models import huggingface
 from mos_jax.models.decoder import Decoder
 from tests.adapters.fixtures_adapters import quick_jit, randomised, split_trained
 from tests.parity.fixtures_peft import (
@@ -39,6 +40,7 @@ from tests.parity.fixtures_peft import (
     torch_model,
     trained_size,
 )
+from tests.parity.test_families import MODELS, build
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -127,14 +129,17 @@ def decoder():
 
 def make(saved: Saved):
     """PEFT's model, all of whose parameters are random and not zero."""
-    model = peft.get_peft_model(torch_model(CONFIG), saved.make()).eval()
+    return randomised_peft(peft.get_peft_model(torch_model(CONFIG), saved.make()), saved)
+
+
+def randomised_peft(model, saved: Saved):
     torch.manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             for word, size in saved.sizes.items():
                 if word in name:
                     parameter.normal_(0.0, size)
-    return model
+    return model.eval()
 
 
 def reloaded(path):
@@ -251,7 +256,7 @@ class TestNative:
     """Adapters that were trained here, in PEFT's own types."""
 
     CONFIGS = {  # noqa: RUF012
-        "lora": (LoRAConfig(rank=3, alpha=5.0, rslora=True), ALL, {"b": 0.1}),
+        "lora": (LoRAConfig(rank=3, alpha=5.0, rslora=True), ALL, {"a": 0.2, "b": 0.1}),
         "vera, shared": (VeRAConfig(rank=24, projections="shared"), ALL, {"d": 0.2, "b": 0.2}),
         "vera, one type": (VeRAConfig(rank=48), "down_proj", {"d": 0.3, "b": 0.3}),
         "vb_lora": (VBLoRAConfig(rank=3, num_vectors=40, vector_length=16), ALL, {"bank": 0.3}),
@@ -357,3 +362,26 @@ def test_padded_for_vllm(tmp_path, decoder, pad_rank, ranks):
     expected = logits_of(decoder, factors)
     assert distance(torch_logits(reloaded(path)), expected) < TOLERANCE
     assert distance(logits_of(decoder), expected) > 0.5
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "gemma3"])
+def test_other_families(tmp_path, family):
+    """Uni-LoRA with a drawn index: every place depends on the order of the family's modules."""
+    name, fields = MODELS[family]
+    base = build(name, fields)
+    base.save_pretrained(tmp_path / "base")
+    config = huggingface.read_config(tmp_path / "base")
+    weights = huggingface.read_weights(tmp_path / "base", config)
+    decoder = Decoder(config, {key: jnp.asarray(array) for key, array in weights.items()})
+    saved = uni_lora(theta_d_length=8000)
+    model = randomised_peft(peft.get_peft_model(base, saved.make()), saved)
+    model.save_pretrained(tmp_path / "theirs")
+    expected = torch_logits(model)
+    adapter = import_peft(tmp_path / "theirs", decoder.sites)
+    assert distance(logits_of(decoder, adapter.factors()), expected) < TOLERANCE
+    assert distance(logits_of(decoder), expected) > 0.1
+
+    options = {"base_name": "tiny", "num_layers": config.num_layers}
+    path = export_peft(tmp_path / "lora", adapter.factors(), **options)
+    again = peft.PeftModel.from_pretrained(build(name, fields), str(path)).eval()
+    assert distance(torch_logits(again), expected) < TOLERANCE
