@@ -20,7 +20,7 @@ SETUP := PYTHON="$(PYTHON)" sh tools/setup.sh
 PYTEST := $(PY) -m pytest -n $(JOBS) --dist loadfile
 CODE := mos_jax experiments configs tests tools
 
-.PHONY: help setup interop quickstart test parity lint format bench quantized study coverage wheel clean distclean
+.PHONY: help setup interop quickstart test parity lint format fuzz bench quantized study coverage wheel clean distclean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
@@ -55,6 +55,9 @@ bench: interop ## Time training steps against the reference implementations
 
 quantized: setup ## A base in fp32, bf16, int8 and NF4: bytes, loss, time of a step (minutes)
 	$(PY) experiments/bench_quantized.py --out=results/bench_quantized.json --report=results/quantized.md $(ARGS)
+
+fuzz: setup ## Damaged files against every reader; ARGS="--format=gguf --case=12" for one
+	$(PY) -m tests.fuzz $(ARGS)
 
 study: setup ## The core study and the memory probe, with their reports (hours; resumes)
 	$(PY) experiments/sweep.py --config=configs/core_study.py --workdir=runs/core $(ARGS)

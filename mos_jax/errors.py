@@ -7,12 +7,43 @@ print it as one line and exit with status 2; any other exception is a defect and
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
+
+# Characters of a message: names and values in it may come from a file and have any length.
+MAX_MESSAGE = 1200
 
 
 class InputError(ValueError):
-    """A value given by the user cannot be used."""
+    """A value given by the user cannot be used.
+
+    The message becomes one line of printable characters: others, which a damaged file may bring
+    into it, are written as escapes, and of a very long one the middle is left out.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(_one_line(str(message)))
+
+
+def _one_line(message: str) -> str:
+    if len(message) > MAX_MESSAGE:
+        message = f"{message[: MAX_MESSAGE * 3 // 5]} [...] {message[-MAX_MESSAGE // 5 :]}"
+    if message.isprintable():
+        return message
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+
+
+@contextlib.contextmanager
+def naming(path: os.PathLike[str] | str) -> Iterator[None]:
+    """Puts `path` before the message of an InputError from inside, unless it is already there."""
+    try:
+        yield
+    except InputError as error:
+        if os.fspath(path) in str(error):
+            raise
+        raise InputError(f"{os.fspath(path)}: {error}") from error
 
 
 class RunEnded(RuntimeError):

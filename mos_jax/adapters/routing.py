@@ -13,15 +13,41 @@ Axis legend: L blocks, r active rank, e equivalent rank, p private rank, l shard
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import hashlib
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
 from mos_jax.adapters.pools import PoolLayout, Side
 from mos_jax.errors import InputError
+
+_MOST: contextvars.ContextVar[int | None] = contextvars.ContextVar("most", default=None)
+
+
+@contextlib.contextmanager
+def drawing_at_most(count: int) -> Iterator[None]:
+    """Refuses, inside, to draw more than `count` numbers at once.
+
+    For sizes that a file states: whatever is drawn for an adapter is also stored with it, so that
+    there is an upper bound.
+    """
+    token = _MOST.set(count)
+    try:
+        yield
+    finally:
+        _MOST.reset(token)
+
+
+def _check_count(count: int) -> None:
+    most = _MOST.get()
+    if most is not None and count > most:
+        raise InputError(
+            f"the configuration asks for {count} drawn numbers, more than are stored with it"
+        )
 
 
 def draw_table(
@@ -46,6 +72,7 @@ def draw_table(
       int32 [L, r, l].
     """
     shards, p = layout.shards_per_vector, layout.private_rank
+    _check_count(layout.num_layers * layout.rank * shards)
     stream = f"{name}/{side}"
     draw = _draw_balanced if balanced and layout.num_drawn < layout.num_public else _draw
     public = draw(layout, stream, seed).reshape(layout.num_layers, layout.rank - p, shards)
@@ -105,6 +132,7 @@ def raw_words(count: int, seed: int, stream: str, *block: int) -> np.ndarray:
     Raw words, not a Generator: NumPy keeps the raw stream of a bit generator fixed for good, and
     may change what a Generator makes of it.
     """
+    _check_count(count)
     entropy = [seed, zlib.crc32(stream.encode()), *block]
     return np.random.PCG64(np.random.SeedSequence(entropy)).random_raw(count)
 

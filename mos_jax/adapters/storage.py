@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,11 +25,12 @@ from safetensors.numpy import load as parse_safetensors
 from safetensors.numpy import save as format_safetensors
 
 from mos_jax.adapters import routing
-from mos_jax.adapters.adapter import Adapter
+from mos_jax.adapters.adapter import Adapter, AdapterConfig
 from mos_jax.adapters.methods import METHODS, create_adapter, make_config
 from mos_jax.adapters.sites import SiteShape, check_sites
-from mos_jax.errors import InputError
+from mos_jax.errors import InputError, naming
 from mos_jax.files import fresh_folder, write_file
+from mos_jax.reading import MAX_TEXT_BYTES, read_bytes, read_json, refuse_pickle
 
 FORMAT = "mos_jax.adapter"
 FORMAT_VERSION = 1
@@ -202,6 +204,9 @@ def read_card(path: str | os.PathLike[str]) -> AdapterCard:
     if missing:
         raise InputError(f"{file} lacks {', '.join(missing)}")
     _check_types(raw, str(file))
+    for name, scale in raw["scale"].items():
+        if not isinstance(scale, list):
+            raise InputError(f"{file}: 'scale' of {name!r} must be a list, got {scale!r}")
     try:
         sites = {
             name: SiteShape(
@@ -221,13 +226,11 @@ def read_card(path: str | os.PathLike[str]) -> AdapterCard:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"no adapter at {file.parent}: {CARD_FILE} is missing") from None
-    except (ValueError, OSError) as error:
-        raise InputError(f"{file} cannot be read as JSON: {error}") from None
-    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+    refuse_pickle(file.parent)
+    if not file.exists():
+        raise InputError(f"no adapter at {file.parent}: {CARD_FILE} is missing")
+    raw = read_json(file)
+    if raw.get("format") != FORMAT:
         raise InputError(f"{file} is not the card of a mos_jax adapter (format {FORMAT!r})")
     return raw
 
@@ -260,7 +263,16 @@ def load_adapter(
         newer format.
     """
     path = Path(path)
-    card = read_card(path)
+    with naming(path):
+        return _load_adapter(path, read_card(path), sites, base_fingerprint)
+
+
+def _load_adapter(
+    path: Path,
+    card: AdapterCard,
+    sites: Mapping[str, SiteShape] | None,
+    base_fingerprint: str | None,
+) -> Adapter:
     if card.method not in METHODS:
         raise InputError(f"{path}: unknown method {card.method!r}; known: {', '.join(METHODS)}")
     if sites is not None:
@@ -271,10 +283,14 @@ def load_adapter(
             f"fingerprint {card.base_fingerprint[:12]}) than the one given (fingerprint "
             f"{base_fingerprint[:12]})"
         )
-    arrays = _read_arrays(path, card)
     config = make_config(card.method, card.config)
+    stored = _check_sizes(path, card, config)
     # Shapes only, and any key: every array is the stored one.
-    shapes = jax.eval_shape(lambda key: create_adapter(config, card.sites, key), jax.random.key(0))
+    with routing.drawing_at_most(stored):
+        shapes = jax.eval_shape(
+            lambda key: create_adapter(config, card.sites, key), jax.random.key(0)
+        )
+    arrays = _read_arrays(path, card, _bytes_of(shapes))
     adapter = with_arrays(shapes, arrays)
     found = _routing_checksum(adapter)
     if found != card.routing_checksum:
@@ -291,14 +307,50 @@ def load_adapter(
     return adapter
 
 
-def _read_arrays(path: Path, card: AdapterCard) -> dict[str, np.ndarray]:
+def _check_sizes(path: Path, card: AdapterCard, config: AdapterConfig) -> int:
+    """Returns the bytes of the file of arrays, and raises InputError for sizes far above it.
+
+    All that an adapter is built of is stored, so its sizes cannot exceed that. A damaged card may
+    state any, and what it asks for must not be made before it is compared with the arrays.
+    """
     file = path / ARRAYS_FILE
-    try:
-        payload = file.read_bytes()
-    except FileNotFoundError:
-        raise InputError(f"no adapter at {path}: {ARRAYS_FILE} is missing") from None
-    except OSError as error:
-        raise InputError(f"{file} cannot be read: {error}") from None
+    if not file.is_file():
+        raise InputError(f"no adapter at {path}: {ARRAYS_FILE} is missing, or no regular file")
+    stored = max(file.stat().st_size, 1 << 16)  # an empty file is refused for what it is
+    sizes = {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if not field.name.endswith("seed") and type(getattr(config, field.name)) is int
+    }
+    for name, site in card.sites.items():
+        if len(card.scale.get(name) or ()) != site.num_layers:
+            raise InputError(
+                f"{path / CARD_FILE}: {name!r} has num_layers={site.num_layers}, so 'scale' must "
+                f"have as many numbers for it, got {card.scale.get(name)!r}"
+            )
+        sizes |= {f"{name}: d_in": site.d_in, f"{name}: d_out": site.d_out}
+    ranks = getattr(config, "rank_pattern", None) or {}
+    sizes |= {f"rank_pattern of {pattern!r}": rank for pattern, rank in ranks.items()}
+    for name, size in sizes.items():
+        # Not far above: a width may be cut into chunks that repeat.
+        if isinstance(size, int) and size > 64 * stored:
+            raise InputError(
+                f"{path / CARD_FILE}: {name} = {size} does not fit {ARRAYS_FILE}, which has "
+                f"{file.stat().st_size} bytes"
+            )
+    return stored
+
+
+def _bytes_of(adapter: Adapter) -> int:
+    """Bytes of all arrays of an adapter, which may be an abstract one."""
+    leaves = jax.tree.leaves(nnx.state(adapter))
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def _read_arrays(path: Path, card: AdapterCard, size: int) -> dict[str, np.ndarray]:
+    file = path / ARRAYS_FILE
+    # Compared before it is read: a file with holes may have any size.
+    payload = read_bytes(file, size + MAX_TEXT_BYTES, "an adapter of this configuration")
     if hashlib.sha256(payload).hexdigest() != card.arrays_sha256:
         raise InputError(
             f"{file} is not the file that {CARD_FILE} describes (its SHA-256 differs): it was "

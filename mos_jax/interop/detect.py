@@ -1,7 +1,7 @@
 """What lies at a path: an adapter or a model, in which format.
 
 Looks at names, magic numbers and small headers only, so it is cheap and safe for anything. A pickle
-is recognised by its name or its first bytes, and never opened.
+is refused by its name, without opening it; under another name by its first bytes.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from typing import Any
 
 from mos_jax.adapters import storage
 from mos_jax.errors import InputError
-from mos_jax.interop.peft_config import CONFIG_FILE, PICKLE_FILE
+from mos_jax.interop.peft_config import CONFIG_FILE
 from mos_jax.interop.peft_fields import KINDS
-from mos_jax.interop.peft_folder import ARRAYS_FILE, pickle_message
+from mos_jax.interop.peft_folder import ARRAYS_FILE
 from mos_jax.interop.peft_import import peft_facts
 from mos_jax.models import gguf
+from mos_jax.reading import missing_file, open_regular, pickle_message, refuse_pickle
 
 OURS = "mos_jax adapter"
 PEFT = {kind: f"PEFT {kind}" for kind in KINDS}
@@ -27,7 +28,6 @@ GGUF_MODEL = "GGUF model"
 GGUF_ADAPTER = "GGUF adapter"
 FOUND = (OURS, *PEFT.values(), MODEL_FOLDER, GGUF_MODEL, GGUF_ADAPTER)
 
-_PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 # A zip file, as torch.save writes since 1.6, and the start of a pickle of protocol 2 or later.
 _PICKLE_MAGIC = (b"PK\x03\x04", *(b"\x80" + bytes([version]) for version in range(2, 6)))
 
@@ -84,18 +84,16 @@ def _detect_folder(folder: Path) -> Found:
         return Found(folder, OURS, _line(OURS, about, card.metadata.get("base")), details)
     if (folder / CONFIG_FILE).is_file():
         facts = peft_facts(folder)
-        if not (folder / ARRAYS_FILE).is_file() and (folder / PICKLE_FILE).exists():
-            raise InputError(pickle_message(folder / PICKLE_FILE))
+        if not (folder / ARRAYS_FILE).is_file():
+            raise missing_file(folder, f"{folder} has a {CONFIG_FILE} but no {ARRAYS_FILE}")
         targets = facts["target_modules"]
         about = f"rank {facts['rank']} on {targets if isinstance(targets, str) else _some(targets)}"
         base = facts.get("base_model_name_or_path")
         return Found(folder, facts["format"], _line(facts["format"], about, base), facts)
     if (folder / "config.json").is_file():
         if not any(folder.glob("*.safetensors")):
-            pickles = sorted(folder.glob("*.bin"))
-            if pickles:
-                raise InputError(_model_pickle(pickles[0]))
-            raise InputError(f"{folder} has a config.json but no safetensors file beside it")
+            message = f"{folder} has a config.json but no safetensors file beside it"
+            raise missing_file(folder, message)
         return Found(folder, MODEL_FOLDER, f"{MODEL_FOLDER} {folder}", {"format": MODEL_FOLDER})
     names = ", ".join(sorted(entry.name for entry in folder.iterdir())[:5]) or "nothing"
     raise InputError(
@@ -105,7 +103,8 @@ def _detect_folder(folder: Path) -> Found:
 
 
 def _detect_file(file: Path) -> Found:
-    with open(file, "rb") as stream:
+    refuse_pickle(file)
+    with open_regular(file) as stream:
         magic = stream.read(4)
     if magic == b"GGUF":
         fields = gguf.open_gguf(file).fields
@@ -117,21 +116,13 @@ def _detect_file(file: Path) -> Found:
         name = fields.get("general.name", file.name)
         about = f"{name}, architecture {fields.get('general.architecture', 'not named')}"
         return Found(file, kind, f"{kind}: {about}", details)
-    if file.suffix in _PICKLE_ENDINGS or magic.startswith(_PICKLE_MAGIC):
-        raise InputError(pickle_message(file) if file.name == PICKLE_FILE else _model_pickle(file))
+    if magic.startswith(_PICKLE_MAGIC):
+        raise InputError(pickle_message(file))
     if file.name in (storage.ARRAYS_FILE, storage.CARD_FILE, ARRAYS_FILE, CONFIG_FILE):
         raise InputError(f"{file} is one file of an adapter; give its folder, {file.parent}")
     raise InputError(
         f"{file} is neither a GGUF file nor a folder with an adapter or a model; known are: "
         f"{', '.join(FOUND)}"
-    )
-
-
-def _model_pickle(file: Path) -> str:
-    return (
-        f"{file} is a pickle, which can run code when read; convert it: "
-        "safetensors.torch.save_file(torch.load(FILE, weights_only=True), "
-        f'"{file.stem}.safetensors")'
     )
 
 

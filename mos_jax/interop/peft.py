@@ -21,19 +21,20 @@ import numpy as np
 from mos_jax.adapters.low_rank import LowRank
 from mos_jax.adapters.patterns import differ
 from mos_jax.adapters.sites import SITE_TYPES, SiteShape, check_sites
-from mos_jax.errors import InputError, suggest
+from mos_jax.errors import InputError, naming, suggest
 from mos_jax.interop.peft_card import write_card
 from mos_jax.interop.peft_config import Number, Site, find_alpha, make_config, tensor_name
 from mos_jax.interop.peft_fields import PeftConfig
 from mos_jax.interop.peft_folder import (
+    ARRAYS_FILE,
     check_destination,
     check_names,
-    pickle_message,
     read_arrays,
     take,
     write_folder,
 )
 from mos_jax.interop.vllm import SiteFactors, pad_to_rank
+from mos_jax.reading import refuse_pickle
 
 
 def export_peft(
@@ -168,13 +169,14 @@ def read_lora_factors(
         ranks = tuple(map(config.rank, own))
         # Taken before anything is allocated: only now is it known that the ranks are those of the
         # tensors.
-        pairs = [
-            (
-                take(arrays, tensor_name(site, "A"), (r, shape.d_in)),
-                take(arrays, tensor_name(site, "B"), (shape.d_out, r)),
-            )
-            for site, r in zip(own, ranks, strict=True)
-        ]
+        with naming(folder / ARRAYS_FILE):
+            pairs = [
+                (
+                    take(arrays, tensor_name(site, "A"), (r, shape.d_in)),
+                    take(arrays, tensor_name(site, "B"), (shape.d_out, r)),
+                )
+                for site, r in zip(own, ranks, strict=True)
+            ]
         a = np.zeros((len(own), max(ranks), shape.d_in), np.float32)
         b = np.zeros((len(own), max(ranks), shape.d_out), np.float32)
         for position, (r, pair) in enumerate(zip(ranks, pairs, strict=True)):
@@ -197,8 +199,8 @@ def read_config(folder: Path, sites: Mapping[str, SiteShape]) -> PeftConfig:
     """
     for name in check_sites(sites):
         _check_site_type(name)
-    if folder.suffix == ".bin" and not folder.is_dir():
-        raise InputError(pickle_message(folder))
+    if not folder.is_dir():
+        refuse_pickle(folder)
     return PeftConfig.read(folder)
 
 

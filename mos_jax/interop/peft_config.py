@@ -15,7 +15,6 @@ import numpy as np
 from mos_jax.adapters.sites import module_name
 
 CONFIG_FILE = "adapter_config.json"
-PICKLE_FILE = "adapter_model.bin"
 
 Site = tuple[str, int]
 Number = int | float

@@ -8,7 +8,6 @@ whatever else a file asks for is refused by the name of its field.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -20,6 +19,7 @@ import numpy as np
 from mos_jax.adapters.sites import module_name
 from mos_jax.errors import InputError, suggest
 from mos_jax.interop.peft_config import CONFIG_FILE, Site
+from mos_jax.reading import read_json
 
 # Fields that say something else than what the adapted model computes: provenance, training, and
 # settings of variants that are themselves refused below.
@@ -319,15 +319,9 @@ def read_raw(folder: Path) -> dict[str, Any]:
       InputError: if it is missing or is no JSON object.
     """
     file = folder / CONFIG_FILE
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"no PEFT adapter at {folder}: {CONFIG_FILE} is missing") from None
-    except (ValueError, OSError, RecursionError) as error:
-        raise InputError(f"{file} cannot be read as JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise InputError(f"{file} must hold a JSON object, got {type(raw).__name__}")
-    return raw
+    if not file.exists():
+        raise InputError(f"no PEFT adapter at {folder}: {CONFIG_FILE} is missing")
+    return read_json(file)
 
 
 def _ends_with(module: str, name: str) -> bool:

@@ -17,7 +17,8 @@ from safetensors.numpy import save as format_safetensors
 
 from mos_jax.errors import InputError
 from mos_jax.files import fresh_folder, write_file
-from mos_jax.interop.peft_config import CONFIG_FILE, PICKLE_FILE
+from mos_jax.interop.peft_config import CONFIG_FILE
+from mos_jax.reading import missing_file
 
 ARRAYS_FILE = "adapter_model.safetensors"
 README_FILE = "README.md"
@@ -53,15 +54,6 @@ def check_destination(path: Path, overwrite: bool) -> None:
         )
 
 
-def pickle_message(file: Path) -> str:
-    """Why a pickle is not read, and how it is converted."""
-    return (
-        f"{file} is a pickle, which can run code when read; convert it in its folder: "
-        'safetensors.torch.save_file(torch.load("adapter_model.bin", weights_only=True), '
-        f'"{ARRAYS_FILE}")'
-    )
-
-
 def read_arrays(folder: Path) -> dict[str, np.ndarray]:
     """All tensors of the folder, in their own dtypes.
 
@@ -70,9 +62,7 @@ def read_arrays(folder: Path) -> dict[str, np.ndarray]:
     """
     file = folder / ARRAYS_FILE
     if not file.is_file():
-        if (folder / PICKLE_FILE).exists():
-            raise InputError(pickle_message(folder / PICKLE_FILE))
-        raise InputError(f"no PEFT adapter at {folder}: {ARRAYS_FILE} is missing")
+        raise missing_file(folder, f"no PEFT adapter at {folder}: {ARRAYS_FILE} is missing")
     try:
         with safe_open(file, framework="numpy") as tensors:
             return {name: tensors.get_tensor(name) for name in tensors.keys()}

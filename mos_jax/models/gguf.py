@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 import gguf
 import numpy as np
 
-from mos_jax.errors import InputError
+from mos_jax.errors import InputError, naming
 from mos_jax.models.config import DecoderConfig
 from mos_jax.models.gguf_config import ROPE_FACTORS, config_from_gguf
 from mos_jax.models.layout import (
@@ -36,6 +36,7 @@ from mos_jax.models.layout import (
     read_all,
     weight_readers,
 )
+from mos_jax.reading import MAX_TEXT_BYTES, open_regular, refuse_pickle
 
 _BLOCK = "blk.{}."
 _NAMES = {
@@ -106,7 +107,7 @@ class GGUFFile:
     Attributes:
         path: The file.
         fields: Metadata by key: int, float, bool, str, or a list of one of these.
-        tensors: Every tensor by name; all lie within the file.
+        tensors: Every tensor by name; they lie within the file and do not overlap.
     """
 
     path: Path
@@ -125,7 +126,10 @@ class _Header:
         return InputError(f"{self.path} is not a whole GGUF file: {problem}")
 
     def take(self, count: int) -> bytes:
-        # Compared first: a damaged length must not become an allocation of that size.
+        # Compared first: a damaged length must not become an allocation of that size, nor a header
+        # of gigabytes as many Python objects.
+        if self.file.tell() + count > MAX_TEXT_BYTES < self.size:
+            raise self.fail(f"its header has more than {MAX_TEXT_BYTES} bytes")
         if count > self.size - self.file.tell():
             raise self.fail(f"it ends inside the header, after {self.size} bytes")
         return self.file.read(count)
@@ -185,8 +189,9 @@ def open_gguf(path: os.PathLike[str] | str) -> GGUFFile:
         InputError: The file is missing, foreign, cut short or otherwise damaged.
     """
     path = Path(path)
+    refuse_pickle(path)
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return _read_header(_Header(file, path))
     except OSError as error:
         raise InputError(f"cannot read GGUF file {path}: {error.strerror}") from error
@@ -218,14 +223,22 @@ def _read_header(header: _Header) -> GGUFFile:
     if not isinstance(alignment, int) or alignment < 1:
         raise header.fail(f"general.alignment = {alignment!r} must be a whole number, 1 or more")
     data = -(-header.file.tell() // alignment) * alignment
-    tensors = {}
-    for name, tensor in relative.items():
+    tensors: dict[str, GGUFTensor] = {}
+    before, taken = "", 0
+    for name, tensor in sorted(relative.items(), key=lambda item: item[1].offset):
+        if tensor.offset % alignment:
+            raise header.fail(
+                f"tensor {name!r} begins at {tensor.offset}, no multiple of {alignment}"
+            )
+        if tensor.offset < taken:
+            raise header.fail(f"tensors {before!r} and {name!r} overlap")
         end = data + tensor.offset + math.prod(tensor.shape[:-1]) * tensor.row_bytes
         if end > header.size:
             raise header.fail(
                 f"tensor {name!r} ends at byte {end}, but the file has {header.size}; "
                 "was the download cut short?"
             )
+        before, taken = name, end - data
         tensors[name] = dataclasses.replace(tensor, offset=data + tensor.offset)
     return GGUFFile(header.path, fields, tensors)
 
@@ -255,7 +268,8 @@ def read_config(source: os.PathLike[str] | str | GGUFFile) -> DecoderConfig:
         with ByteFile(header.path) as file:
             read = _tensor_reader(file, ROPE_FACTORS, tensor)
             factors = read(slice(0, tensor.shape[0]), slice(0, tensor.shape[-1])).reshape(-1)
-    return config_from_gguf(header.fields, header.tensors, factors)
+    with naming(path):
+        return config_from_gguf(header.fields, header.tensors, factors)
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from mos_jax.errors import InputError
+from mos_jax.errors import InputError, naming
 from mos_jax.models.config import DecoderConfig
 from mos_jax.models.huggingface_config import config_from_huggingface
 from mos_jax.models.layout import (
@@ -30,9 +30,9 @@ from mos_jax.models.layout import (
     match_tensors,
     parts,
     read_all,
-    read_json,
     weight_readers,
 )
+from mos_jax.reading import missing_file, read_json
 
 _BLOCK = "model.layers.{}."
 _NAMES = {
@@ -92,7 +92,9 @@ def read_config(path: os.PathLike[str] | str) -> DecoderConfig:
     folder = Path(path)
     if not folder.is_dir():
         raise InputError(f"model folder {path} does not exist or is not a folder")
-    return config_from_huggingface(read_json(folder / "config.json"), folder.resolve().name)
+    file = folder / "config.json"
+    with naming(file):
+        return config_from_huggingface(read_json(file), folder.resolve().name)
 
 
 @contextlib.contextmanager
@@ -196,14 +198,7 @@ def _open_tensors(folder: Path, stack: contextlib.ExitStack) -> dict[str, _Tenso
     elif single.is_file():
         listed, files = None, [single]
     else:
-        pickled = sorted(p.name for s in ("*.bin", "*.pt", "*.pth") for p in folder.glob(s))
-        hint = (
-            f"; {pickled[0]} is a pickle, which can run code when read: convert it to safetensors "
-            "(save_pretrained of transformers writes it)"
-            if pickled
-            else ""
-        )
-        raise InputError(f"{folder} has neither model.safetensors nor {_INDEX}{hint}")
+        raise missing_file(folder, f"{folder} has neither model.safetensors nor {_INDEX}")
     tensors: dict[str, _Tensor] = {}
     for file in files:
         if not file.is_file():

@@ -16,11 +16,11 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from mos_jax.errors import InputError
+from mos_jax.errors import InputError, naming
 from mos_jax.models.chat_template import CHATML, compile_template
 from mos_jax.models.gguf import GGUFFile, open_gguf
 from mos_jax.models.gguf_tokenizer import add_tokens, read_tokenizer
-from mos_jax.models.layout import read_json
+from mos_jax.reading import read_bytes, read_json, read_text
 
 
 class Tokenizer:
@@ -111,7 +111,8 @@ class Tokenizer:
             InputError: As `open_gguf`; another kind of tokenizer; a key missing or damaged.
         """
         header = source if isinstance(source, GGUFFile) else open_gguf(source)
-        return cls(**read_tokenizer(header)._asdict())
+        with naming(header.path):
+            return cls(**read_tokenizer(header)._asdict())
 
     @classmethod
     def from_folder(cls, path: os.PathLike[str] | str) -> Tokenizer:
@@ -130,14 +131,13 @@ class Tokenizer:
         """
         folder = Path(path)
         file = folder / "tokenizer.json"
-        try:
-            content = file.read_bytes()
-            backend = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
-        except OSError as error:
+        if not file.exists():
             raise InputError(
-                f"cannot read {file}: {error.strerror}; other formats, such as tokenizer.model, "
-                "are not supported"
-            ) from error
+                f"{file} is missing; other formats, such as tokenizer.model, are not supported"
+            )
+        content = read_bytes(file)
+        try:
+            backend = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
         except Exception as error:  # the library raises nothing narrower
             raise InputError(f"{file} is not a tokenizer: {error}") from error
         # Settings of a training run that tokenizer.json may carry along.
@@ -170,15 +170,16 @@ class Tokenizer:
             raise InputError(
                 f"{folder} names no token that ends a turn; give eos_token in tokenizer_config.json"
             )
-        return cls(
-            backend,
-            end_of_turn=end_of_turn,
-            pad=special("pad_token"),
-            bos=special("bos_token"),
-            chat_template=_folder_template(folder, config),
-            identity=content,
-            folder=folder,
-        )
+        with naming(folder):
+            return cls(
+                backend,
+                end_of_turn=end_of_turn,
+                pad=special("pad_token"),
+                bos=special("bos_token"),
+                chat_template=_folder_template(folder, config),
+                identity=content,
+                folder=folder,
+            )
 
     @classmethod
     def byte_level(cls) -> Tokenizer:
@@ -300,14 +301,12 @@ class Tokenizer:
 def _folder_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     file = folder / "chat_template.jinja"
     if file.is_file():
-        try:
-            return file.read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise InputError(f"cannot read {file}: {error}") from error
+        return read_text(file)
     template = config.get("chat_template")
     if isinstance(template, list):  # several, by name
-        named = {entry.get("name"): entry.get("template") for entry in template}
-        template = named.get("default")
+        named = [entry for entry in template if isinstance(entry, dict)]
+        chosen = [entry.get("template") for entry in named if entry.get("name") == "default"]
+        template = chosen[0] if chosen else None
     if not isinstance(template, (str, type(None))):
         raise InputError(f"{folder}: chat_template must be text, not {type(template).__name__}")
     return template

@@ -502,7 +502,7 @@ class TestRead:
         weights.unlink()
         with pytest.raises(InputError, match=r"adapter_model\.safetensors is missing"):
             read_peft_factors(folder, BASE_SITES)
-        for text, message in (("{", "cannot be read as JSON"), ("[]", "must hold a JSON object")):
+        for text, message in (("{", "is not valid JSON"), ("[]", "must hold a JSON object")):
             (folder / "adapter_config.json").write_text(text)
             with pytest.raises(InputError, match=message):
                 read_peft_factors(folder, BASE_SITES)

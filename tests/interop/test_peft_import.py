@@ -180,7 +180,7 @@ class TestEveryType:
             ({"fan_in_fan_out": True}, "fan_in_fan_out = True .*Conv1D"),
             ({"task_type": "SEQ_CLS"}, "task_type = 'SEQ_CLS'"),
             ({"r": 0}, "r must be an integer >= 1"),
-            ({"r": 10**30}, r"must be \[|above every width"),
+            ({"r": 10**30}, r"must be \[|above every width|more than 64 bits"),
             ({"peft_type": ["LORA"]}, r"peft_type = \['LORA'\] is not supported"),
             ({"target_modules": "a{99999999999999999999}"}, "not a regular expression"),
             ({"from_the_future": 1}, "from_the_future = 1 is not supported; only a plain"),
@@ -216,8 +216,8 @@ def test_other_types_are_refused_by_name(tmp_path, kind):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lora_alpha": 10**400}, "lora_alpha must be a finite number"),
-        ({"lora_alpha": 1e39}, "lora_alpha must be a finite number"),
+        ({"lora_alpha": 10**400}, r"lora_alpha must be a finite number|more than 64 bits"),
+        ({"lora_alpha": 1e39}, r"lora_alpha must be a finite number|more than 64 bits"),
         ({"use_dora": True}, "DoRA"),
         ({"alora_invocation_tokens": [1, 2]}, "aLoRA"),
         ({"trainable_token_indices": [1]}, "rows of the embeddings"),

@@ -130,7 +130,7 @@ def test_foreign_and_malformed_headers(tmp_path, data, message):
 def test_missing_file_and_folder(tmp_path):
     with pytest.raises(InputError, match="No such file"):
         read_weights(tmp_path / "none.gguf", CONFIG)
-    with pytest.raises(InputError, match="cannot read GGUF file"):
+    with pytest.raises(InputError, match=r"cannot read .*: it is a folder"):
         open_gguf(tmp_path)
 
 
