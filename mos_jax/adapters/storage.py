@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -343,13 +342,11 @@ def _check_sizes(path: Path, card: AdapterCard, config: AdapterConfig) -> int:
 
 def _bytes_of(adapter: Adapter) -> int:
     """Bytes of all arrays of an adapter, which may be an abstract one."""
-    leaves = jax.tree.leaves(nnx.state(adapter))
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(nnx.state(adapter)))
 
 
 def _read_arrays(path: Path, card: AdapterCard, size: int) -> dict[str, np.ndarray]:
-    file = path / ARRAYS_FILE
-    # Compared before it is read: a file with holes may have any size.
+    file = path / ARRAYS_FILE  # compared before it is read: one with holes may have any size
     payload = read_bytes(file, size + MAX_TEXT_BYTES, "an adapter of this configuration")
     if hashlib.sha256(payload).hexdigest() != card.arrays_sha256:
         raise InputError(

@@ -268,7 +268,7 @@ def read_config(source: os.PathLike[str] | str | GGUFFile) -> DecoderConfig:
         with ByteFile(header.path) as file:
             read = _tensor_reader(file, ROPE_FACTORS, tensor)
             factors = read(slice(0, tensor.shape[0]), slice(0, tensor.shape[-1])).reshape(-1)
-    with naming(path):
+    with naming(header.path):
         return config_from_gguf(header.fields, header.tensors, factors)
 
 
