@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import mos_jax.interop.huggingface_out as model_folder
 from mos_jax.adapters import storage
 from mos_jax.conversion.source import Source
@@ -268,6 +270,11 @@ def _model(path: Path, source: Source, options: Options) -> Converted:
             base, source.factors, dtype=dtype if dtype in DTYPES else "float32", keep=False
         )
         base = merged.base
+        if not np.isfinite(before).all():
+            raise InputError(
+                f"with the adapter {source.path} its base gives logits that are not finite, so "
+                "that there is nothing to compare a merged model with; nothing was written"
+            )
         lost = max(merged.lost.values())
         if lost:
             facts.append(("lost to rounding", f"{lost:.2g} of the change of a site, at most"))
