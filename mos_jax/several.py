@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from mos_jax.adapters.bank import BASE_NAME, AdapterBank, check_name
 from mos_jax.adapters.low_rank import LowRank
 from mos_jax.errors import InputError
-from mos_jax.finished import AS_TRAINED, Finished, load_finished
+from mos_jax.finished import AS_TRAINED, load_finished
 from mos_jax.models.base import Base
 from mos_jax.models.decoder import FactorsSource
 
@@ -60,22 +60,29 @@ def load_several(
     if not adapters:
         return Several(load_finished(None, base, dtype, quantize).base, {}, ())
     named = [_split(text) for text in adapters]
+    _check_different([name for name, _ in named if name is not None])
     shared: Base | str | None = base
-    found: dict[str, Finished] = {}
-    for given, folder in named:
+    loaded = []
+    for _, folder in named:
         one = load_finished(folder, shared, dtype, quantize)
-        name, shared = given or one.method, one.base
-        if name in found:
-            raise InputError(
-                f"two adapters are called {name!r}, the second is {folder}; name them: "
-                "--adapter=NAME=FOLDER"
-            )
-        found[name] = one
+        loaded.append(one)
+        shared = one.base
+    names = [name or one.method for (name, _), one in zip(named, loaded, strict=True)]
+    _check_different(names)
+    found = dict(zip(names, loaded, strict=True))
     return Several(
         one.base,
         {name: one.factors for name, one in found.items() if one.factors is not None},
         tuple(f"{name}: {one.note}" for name, one in found.items() if one.note),
     )
+
+
+def _check_different(names: list[str]) -> None:
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise InputError(
+            f"two adapters are called {twice!r}; name each by itself: --adapter=NAME=FOLDER"
+        )
 
 
 def _split(text: str) -> tuple[str | None, str]:

@@ -86,6 +86,7 @@ def test_bad_input_is_refused(folder, tmp_path):
     for adapters, words in (
         ([], "--adapter is missing"),
         ([f"{folder}/mos", f"mos={folder}/lora"], "two adapters are called 'mos'"),
+        (["a=none", "a=neither"], "two adapters are called 'a'"),
         ([f"={folder}/mos"], "the name of an adapter must be"),
         ([f"{BASE_NAME}={folder}/mos"], "the name of an adapter must be"),
         ([f"{tmp_path}/none"], "no adapter at"),
