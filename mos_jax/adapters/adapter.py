@@ -11,6 +11,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
+import operator
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
@@ -45,9 +46,7 @@ class AdapterConfig(abc.ABC):
 
     method: ClassVar[str]
     size_field: ClassVar[str] = "rank"
-    no_pattern: ClassVar[Mapping[str, str]] = dict.fromkeys(
-        ("rank_pattern", "alpha_pattern"), "all its sites are alike"
-    )
+    no_pattern: ClassVar[Mapping[str, str]] = {}
 
     rank_pattern: Mapping[str, int] = dataclasses.field(default=patterns.NONE, kw_only=True)
     alpha_pattern: Mapping[str, float] = dataclasses.field(default=patterns.NONE, kw_only=True)
@@ -113,6 +112,10 @@ class AdapterConfig(abc.ABC):
           InputError: as `site_ranks` and `site_alphas` do.
         """
         return {name: (1.0,) * site.num_layers for name, site in check_sites(sites).items()}
+
+    def _alpha_over_rank(self, sites: Sites) -> dict[str, tuple[float, ...]]:
+        ranks, alphas = self.site_ranks(sites), self.site_alphas(sites)
+        return {name: tuple(map(operator.truediv, alphas[name], ranks[name])) for name in ranks}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from mos_jax.adapters.adapter import AdapterConfig, require_integer
@@ -155,7 +155,9 @@ def _smallest_size(method: str, sites: Sites, budget: int, fixed: dict[str, Any]
     """The smallest size that a method can have beside its other fields."""
     if method == "mos":
         private = _whole(fixed.get("private_rank", 0), 0)
-        public = _whole(fixed.get("rank"), private) - private
+        named = fixed.get("rank_pattern") or {}
+        ranks = [fixed.get("rank"), *(named.values() if isinstance(named, Mapping) else ())]
+        public = max(_whole(rank, private) for rank in ranks) - private
         return max(private + -(-public // _smallest_pool(sites, fixed)), 1)
     beside = {"prolora": "unshared_rank", "rasa": "shared_rank", "vb_lora": "top_k"}
     if method not in beside:

@@ -43,7 +43,6 @@ class LoRAConfig(AdapterConfig):
     """
 
     method: ClassVar[str] = "lora"
-    no_pattern: ClassVar[Mapping[str, str]] = {}
 
     rank: int = 8
     alpha: float = 16.0

@@ -46,6 +46,7 @@ from mos_jax.adapters.adapter import (
     uniform_fan_in,
 )
 from mos_jax.adapters.low_rank import LowRank
+from mos_jax.adapters.patterns import keep_ranks, missing_rows, zero_tails
 from mos_jax.adapters.pools import SCOPES, SIDES, Pool, Scope, Side, assemble, plan_pools
 from mos_jax.adapters.sites import Sites, check_sites
 from mos_jax.adapters.strictness import strict
@@ -59,9 +60,10 @@ class MoSConfig(AdapterConfig):
     Attributes:
       equivalent_rank: e, the budget: exactly the trained parameters of LoRA of rank e, which are
         e L (h + o) for each site type. Only trained scalars add to it: `rank_scaling`,
-        random_scaling="trained".
-      rank: r, the active rank of every assembled A and B. Left open (None) when every block uses
-        all shards: then it is p + (e - p) L. With private_rank = equivalent_rank it is e.
+        random_scaling="trained". One number, since it sizes pools that blocks share.
+      rank: r, the active rank of every assembled A and B that `rank_pattern` does not name; a site
+        of a lower rank draws fewer public shards. Left open (None) when every block uses all
+        shards: then it is p + (e - p) L. With private_rank = equivalent_rank it is e.
       shards_per_vector: l; divides every adapted width.
       private_rank: p, vectors of each site that belong to it alone.
       alpha: the scale is alpha / rank; the active rank scales, not the equivalent one.
@@ -124,28 +126,31 @@ class MoSConfig(AdapterConfig):
         self._check_pool_scope()
 
     def _check_ranks(self) -> None:
-        e, r, p = self.equivalent_rank, self.rank, self.private_rank
+        e, p = self.equivalent_rank, self.private_rank
         if p > e:
             raise InputError(f"mos: private_rank={p} must be at most equivalent_rank={e}")
-        if r is not None:
-            require_integer("mos", "rank", r, 1)
+        ranks = {f"rank_pattern[{key!r}]": r for key, r in self.rank_pattern.items()}
+        if self.rank is not None:
+            require_integer("mos", "rank", self.rank, 1)
+            ranks["rank"] = self.rank
+        for field, r in ranks.items():
             if not self.subset_selection:
                 raise InputError(
-                    f"mos: rank={r} contradicts subset_selection=False, where every block uses "
+                    f"mos: {field}={r} contradicts subset_selection=False, where every block uses "
                     "all shards; leave rank open (None), it becomes private_rank + "
                     "(equivalent_rank - private_rank) * num_layers"
                 )
             if p == e and r != e:
                 raise InputError(
-                    f"mos: with private_rank = equivalent_rank = {e} nothing is public, so rank "
+                    f"mos: with private_rank = equivalent_rank = {e} nothing is public, so {field} "
                     f"must be {e}, got {r}"
                 )
             if p < e and r <= p:
                 raise InputError(
-                    f"mos: rank={r} must be above private_rank={p}, or no public shard is used "
+                    f"mos: {field}={r} must be above private_rank={p}, or no public shard is used "
                     f"although equivalent_rank={e} pays for them"
                 )
-        elif self.subset_selection and p < e:
+        if self.rank is None and self.subset_selection and (p < e or self.rank_pattern):
             raise InputError(
                 "mos: rank is open (None), but subset_selection=True needs it; give rank "
                 f"(the paper uses up to 8 * equivalent_rank = {8 * e}) or set "
@@ -198,13 +203,8 @@ class MoSConfig(AdapterConfig):
         Raises:
           InputError: for a field that contradicts the arm, or is unknown or refused.
         """
-        arm = {
-            "rank": None,
-            "shards_per_vector": 1,
-            "private_rank": 0,
-            "subset_selection": False,
-            "pair_dissociation": False,
-        }
+        off = dict.fromkeys(("subset_selection", "pair_dissociation"), False)
+        arm: dict[str, Any] = {"rank": None, "shards_per_vector": 1, "private_rank": 0, **off}
         for name, value in arm.items():
             if fields.get(name, value) != value:
                 raise InputError(
@@ -213,8 +213,22 @@ class MoSConfig(AdapterConfig):
                 )
         return cls.from_dict({"equivalent_rank": equivalent_rank, **fields, **arm})
 
-    def pools(self, sites: Sites, side: Side) -> list[Pool]:
-        """The pools of A or of B that `sites` need.
+    def site_ranks(self, sites: Sites) -> dict[str, tuple[int, ...]]:
+        """See base class; where rank is open, it is that of blocks which use all shards."""
+        if self.rank is not None:
+            return super().site_ranks(sites)
+        e, p = self.equivalent_rank, self.private_rank
+        blocks = {name: site.num_layers for name, site in check_sites(sites).items()}
+        return {name: (p + (e - p) * count,) * count for name, count in blocks.items()}
+
+    def site_scales(self, sites: Sites) -> dict[str, tuple[float, ...]]:
+        """See base class."""
+        return self._alpha_over_rank(sites)
+
+    def pools(
+        self, sites: Sites, side: Side, ranks: Mapping[str, tuple[int, ...]] | None = None
+    ) -> list[Pool]:
+        """The pools of A or of B that `sites` need; `ranks` are their `site_ranks`, if at hand.
 
         Raises:
           InputError: if the configuration does not fit the sites, with the numbers.
@@ -224,7 +238,7 @@ class MoSConfig(AdapterConfig):
             side,
             self.pool_scope,
             equivalent_rank=self.equivalent_rank,
-            rank=self.rank,
+            ranks=ranks or self.site_ranks(sites),
             private_rank=self.private_rank,
             shards_per_vector=self.shards_per_vector,
         )
@@ -244,7 +258,7 @@ class MoS(Adapter):
     Attributes:
       pool_a: nnx.Param fp32 [e L l, h / l], U(-1/sqrt(h), 1/sqrt(h)) with the full h.
       pool_b: nnx.Param fp32 [e L l, o / l], zeros: step 0 is the base.
-      table_a: Frozen int32 [L, r, l].
+      table_a: Frozen int32 [L, r, l]; r is the largest rank, rows beyond a block's are zeros.
       table_b: Frozen int32 [L, r, l].
       scaling: fp32 [L, r], a factor of each vector of A; nnx.Param or Frozen, empty without.
     """
@@ -278,31 +292,31 @@ class MoS(Adapter):
             pool.layout, pool.name, drawn, config.routing_seed, config.balanced_routing
         )
         for name, blocks in pool.blocks.items():
-            own = jnp.asarray(table[blocks.start : blocks.stop])
-            self._tables(side)[name] = Frozen(own)
+            own = table[blocks.start : blocks.stop, : max(self.site_ranks[name])]
+            self._tables(side)[name] = Frozen(jnp.asarray(own))
 
     def _draw_scaling(self, name: str, key: jax.Array) -> nnx.Variable | None:
-        config, (num_layers, rank, _) = self.config, self.table_a[name].shape
-        shape = (num_layers, rank)
+        config, ranks = self.config, self.site_ranks[name]
+        shape = (len(ranks), max(ranks))
         if config.rank_scaling:
-            return nnx.Param(jnp.ones(shape, jnp.float32))
+            return nnx.Param(zero_tails(jnp.ones(shape, jnp.float32), ranks))
         if config.random_scaling is None:
             return None
-        if config.random_scaling == "trained":
+        noise: jax.Array | np.ndarray = routing.draw_normals(shape, name, config.routing_seed)
+        if trained := config.random_scaling == "trained":
             noise = jax.random.normal(site_key(key, name, "scaling"), shape, jnp.float32)
-            values = config.random_scaling_mean + config.random_scaling_std * noise
-            return nnx.Param(values)
-        normals = routing.draw_normals(shape, name, config.routing_seed)
-        drawn = config.random_scaling_mean + config.random_scaling_std * normals
-        return Frozen(jnp.asarray(drawn, jnp.float32))
+        drawn = jnp.float32(config.random_scaling_mean + config.random_scaling_std * noise)
+        return (nnx.Param if trained else Frozen)(zero_tails(drawn, ranks))
 
     def pools(self, side: Side) -> list[Pool]:
         """The pools of A or of B: their sizes, and which sites draw from which."""
-        return self.config.pools(self.sites, side)
+        return self.config.pools(self.sites, side, self.site_ranks)
 
     def pool_table(self, pool: Pool, side: Side) -> np.ndarray:
         """The routing tables of all site types of a pool, one after the other, on the host."""
-        return np.concatenate([np.asarray(self._tables(side)[name][...]) for name in pool.blocks])
+        tables = [np.asarray(self._tables(side)[name][...]) for name in pool.blocks]
+        padded = [((0, 0), (0, pool.layout.rank - t.shape[1]), (0, 0)) for t in tables]
+        return np.concatenate(list(map(np.pad, tables, padded)))
 
     def _tables(self, side: Side) -> nnx.Dict:
         return self.table_a if side == "a" else self.table_b
@@ -314,13 +328,16 @@ class MoS(Adapter):
     @strict
     def site_factors(self, name: str, layer: jax.Array | int | None = None) -> LowRank:
         """See base class."""
-        rank = self.table_a[name].shape[1]
-        index, scale, layers = choose_blocks(self.sites[name], layer, self.config.alpha / rank)
+        index, scale, layers = choose_blocks(self.sites[name], layer, self.site_scales[name])
         a = assemble(self._shards("a", name), self.table_a[name][index])
         if name in self.scaling:
             a = a * self.scaling[name][index][..., None]
         b = assemble(self._shards("b", name), self.table_b[name][index])
-        return LowRank(a, b, scale, layers)
+        return keep_ranks(LowRank(a, b, scale, layers), self.site_ranks[name], index)
+
+    def padded_rows(self, part: str, name: str) -> int:
+        """See base class."""
+        return missing_rows(self.site_ranks[name]) if part == "scaling" else 0
 
     def tables(self) -> dict[str, np.ndarray]:
         """All routing tables on the host, by `"table_a/<site type>"` and `"table_b/..."`."""
@@ -370,15 +387,12 @@ class MoS(Adapter):
             for pool in self.pools(side)
         ]
         idle = self.count_idle_parameters()
+        scalars = [n for n, variable in self.scaling.items() if isinstance(variable, nnx.Param)]
         return {
             **super().summary(),
             "used_parameters": self.count_trained() - idle,
             "idle_parameters": idle,
-            "parameters_beyond_budget": sum(
-                variable[...].size
-                for variable in self.scaling.values()
-                if isinstance(variable, nnx.Param)
-            ),
+            "parameters_beyond_budget": sum(sum(self.site_ranks[name]) for name in scalars),
             "expected_idle_share_of_public_pool": max(shares),
             "routing_checksum": routing.checksum(self.tables()),
         }

@@ -15,6 +15,7 @@ from typing import Literal
 
 import jax
 
+from mos_jax.adapters.patterns import differ
 from mos_jax.adapters.sites import Sites
 from mos_jax.adapters.strictness import strict
 from mos_jax.errors import InputError
@@ -32,9 +33,11 @@ class PoolLayout:
     Attributes:
       num_layers: L, of all site types that share the pool.
       equivalent_rank: e.
-      rank: r.
+      rank: r; the largest, where blocks differ.
       private_rank: p.
       shards_per_vector: l.
+      ranks: of each block where they differ, else None. All have p private vectors, so that they
+        differ in the public ones.
     """
 
     num_layers: int
@@ -42,6 +45,11 @@ class PoolLayout:
     rank: int
     private_rank: int
     shards_per_vector: int
+    ranks: tuple[int, ...] | None = None
+
+    def rank_of(self, block: int) -> int:
+        """The rank of one block."""
+        return self.rank if self.ranks is None else self.ranks[block]
 
     @property
     def num_public(self) -> int:
@@ -60,9 +68,12 @@ class PoolLayout:
         return self.num_public + self.num_layers * self.num_private_per_layer
 
     @property
-    def num_drawn(self) -> int:
-        """Public shards that one matrix uses, (r - p) l."""
-        return (self.rank - self.private_rank) * self.shards_per_vector
+    def drawn(self) -> tuple[int, ...]:
+        """Public shards that one matrix of each block uses, (r - p) l."""
+        return tuple(
+            (self.rank_of(block) - self.private_rank) * self.shards_per_vector
+            for block in range(self.num_layers)
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +105,7 @@ def plan_pools(
     scope: Scope,
     *,
     equivalent_rank: int,
-    rank: int | None,
+    ranks: Mapping[str, tuple[int, ...]],
     private_rank: int,
     shards_per_vector: int,
 ) -> list[Pool]:
@@ -108,7 +119,7 @@ def plan_pools(
       scope: "site_type" gives every type a pool of its own; "width" gives all types of one width
         one pool. A type that is alone with its width has the same pool either way.
       equivalent_rank: e.
-      rank: r; None for all shards of the pool, p + (e - p) L.
+      ranks: r of every block, by site type.
       private_rank: p.
       shards_per_vector: l.
 
@@ -130,7 +141,8 @@ def plan_pools(
             blocks[name] = range(num_layers, num_layers + sites[name].num_layers)
             num_layers = blocks[name].stop
         public = (e - p) * num_layers
-        r = p + public if rank is None else rank
+        own = sum((ranks[name] for name in names), ())
+        r = max(own)
         if r - p > public:
             by = f", shared by {', '.join(names)}," if len(names) > 1 else ""
             raise InputError(
@@ -138,7 +150,14 @@ def plan_pools(
                 f"but {pool!r}{by} has (equivalent_rank - private_rank) * num_layers = {e - p} * "
                 f"{num_layers} = {public} of them; lower rank or raise equivalent_rank"
             )
-        pools.append(Pool(pool, width, PoolLayout(num_layers, e, r, p, shards), blocks))
+        pools.append(
+            Pool(
+                pool,
+                width,
+                PoolLayout(num_layers, e, r, p, shards, own if differ(own) else None),
+                blocks,
+            )
+        )
     return pools
 
 

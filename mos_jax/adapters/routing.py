@@ -59,7 +59,9 @@ def draw_table(
     repeat. When a block uses all public shards (subset selection off) the draw is a random order,
     and balanced as it is: the table is the same with `balanced` and without.
     Private shards stand in the last p vectors, in order, so that private vector j of A meets
-    private vector j of B.
+    private vector j of B. Where blocks differ in rank, one of a lower rank draws fewer public
+    shards, the first ones of those that it would draw at a higher rank unless `balanced`, and its
+    table ends in rows of zeros that stand for no vectors.
 
     Args:
       layout: the pool's layout.
@@ -74,39 +76,44 @@ def draw_table(
     shards, p = layout.shards_per_vector, layout.private_rank
     _check_count(layout.num_layers * layout.rank * shards)
     stream = f"{name}/{side}"
-    draw = _draw_balanced if balanced and layout.num_drawn < layout.num_public else _draw
-    public = draw(layout, stream, seed).reshape(layout.num_layers, layout.rank - p, shards)
+    all_used = min(layout.drawn) == layout.num_public
+    draw = _draw_balanced if balanced and not all_used else _draw
     private = np.arange(layout.num_public, layout.num_shards).reshape(layout.num_layers, p, shards)
-    return np.concatenate([public, private], axis=1).astype(np.int32)
+    table = np.zeros((layout.num_layers, layout.rank, shards), np.int32)
+    for k, public in enumerate(draw(layout, stream, seed)):
+        rank = layout.rank_of(k)
+        table[k, : rank - p] = public.reshape(rank - p, shards)
+        table[k, rank - p : rank] = private[k]
+    return table
 
 
-def _draw(layout: PoolLayout, stream: str, seed: int) -> np.ndarray:
-    """Public shards of every block, int64 [L, (r - p) l], each block on its own."""
-    picks = np.empty((layout.num_layers, layout.num_drawn), np.int64)
-    for k in range(layout.num_layers):
+def _draw(layout: PoolLayout, stream: str, seed: int) -> list[np.ndarray]:
+    """Public shards of every block, int64 [(r - p) l], each block on its own."""
+    picks = []
+    for k, drawn in enumerate(layout.drawn):
         words = raw_words(layout.num_public, seed, stream, k)
         # Sorted, not Generator.permutation: see raw_words.
-        picks[k] = np.argsort(words, kind="stable")[: layout.num_drawn]
+        picks.append(np.argsort(words, kind="stable")[:drawn])
     return picks
 
 
-def _draw_balanced(layout: PoolLayout, stream: str, seed: int) -> np.ndarray:
+def _draw_balanced(layout: PoolLayout, stream: str, seed: int) -> list[np.ndarray]:
     """The same, where a block takes from the shards that were used least so far.
 
     So two shards never differ by more than one use. The blocks take their turns in random order:
     those who draw one after the other share little, and that shall not be the neighbours.
     """
-    picks = np.empty((layout.num_layers, layout.num_drawn), np.int64)
+    picks: dict[int, np.ndarray] = {}
     uses = np.zeros(layout.num_public, np.int64)
     turns = np.argsort(raw_words(layout.num_layers, seed, f"{stream}/turns"), kind="stable")
     for k in turns.tolist():
         words = raw_words(2 * layout.num_public, seed, f"{stream}/balanced", k)
         choice, order = words.reshape(2, layout.num_public)
-        chosen = np.lexsort((choice, uses))[: layout.num_drawn]
+        chosen = np.lexsort((choice, uses))[: layout.drawn[k]]
         uses[chosen] += 1
         # By words that had no part in the choice, or the least used would stand first.
         picks[k] = chosen[np.argsort(order[chosen], kind="stable")]
-    return picks
+    return [picks[k] for k in range(layout.num_layers)]
 
 
 def draw_normals(shape: tuple[int, ...], name: str, seed: int) -> np.ndarray:
@@ -150,16 +157,18 @@ def check_table(
 
     Raises:
       InputError: for a wrong shape or dtype, an index out of range, a shard used twice in one
-        matrix, or a private shard in another block than its own.
+        matrix, a private shard in another block than its own, or an index other than 0 beyond a
+        block's rank.
     """
     blocks = range(layout.num_layers) if blocks is None else blocks
-    shape = (len(blocks), layout.rank, layout.shards_per_vector)
+    shape = (len(blocks), max(map(layout.rank_of, blocks)), layout.shards_per_vector)
     if table.shape != shape or table.dtype != np.int32:
         raise InputError(
             f"{where}: a routing table here is int32 {shape}, got {table.dtype} {table.shape}"
         )
-    public_vectors = layout.rank - layout.private_rank
     for k, block in enumerate(blocks):
+        rank = layout.rank_of(block)
+        public_vectors = rank - layout.private_rank
         public = table[k, :public_vectors].ravel()
         if public.size and (public.min() < 0 or public.max() >= layout.num_public):
             raise InputError(
@@ -169,7 +178,11 @@ def check_table(
             raise InputError(f"{where}: block {k} uses a public shard twice in one matrix")
         start = layout.num_public + block * layout.num_private_per_layer
         own = np.arange(start, start + layout.num_private_per_layer)
-        if not np.array_equal(table[k, public_vectors:].ravel(), own):
+        if np.any(table[k, rank:]):
+            raise InputError(
+                f"{where}: block {k} has rank {rank}, so that the rows beyond it must be 0"
+            )
+        if not np.array_equal(table[k, public_vectors:rank].ravel(), own):
             raise InputError(
                 f"{where}: the private vectors of block {k} must use shards {start} to "
                 f"{start + layout.num_private_per_layer - 1} in order"
@@ -208,8 +221,9 @@ def checksum(tables: Mapping[str, np.ndarray]) -> str:
 
 def count_uses(layout: PoolLayout, table: np.ndarray) -> np.ndarray:
     """How often each public shard is used over all blocks, int64 [(e - p) L l]."""
-    public = table[:, : layout.rank - layout.private_rank]
-    return np.bincount(public.ravel(), minlength=layout.num_public)
+    blocks = range(layout.num_layers)
+    public = [table[k, : layout.rank_of(k) - layout.private_rank].ravel() for k in blocks]
+    return np.bincount(np.concatenate(public), minlength=layout.num_public)
 
 
 def count_idle(layout: PoolLayout, table: np.ndarray) -> int:
@@ -220,11 +234,11 @@ def count_idle(layout: PoolLayout, table: np.ndarray) -> int:
 def expected_idle_share(layout: PoolLayout, balanced: bool = False) -> float:
     """Expected share of the public pool that nobody draws.
 
-    (1 - drawn / public)^L; with balanced routing it is no expectation but what L draws cannot
-    cover, max(0, 1 - L drawn / public).
+    The product over the L blocks of 1 - drawn / public; with balanced routing it is no expectation
+    but what all draws together cannot cover, max(0, 1 - sum of drawn / public).
     """
     if layout.num_public == 0:
         return 0.0
     if balanced:
-        return max(0.0, 1 - layout.num_layers * layout.num_drawn / layout.num_public)
-    return (1 - layout.num_drawn / layout.num_public) ** layout.num_layers
+        return max(0.0, 1 - sum(layout.drawn) / layout.num_public)
+    return math.prod(1 - drawn / layout.num_public for drawn in layout.drawn)

@@ -24,6 +24,7 @@ from mos_jax.adapters.adapter import (
     uniform_fan_in,
 )
 from mos_jax.adapters.low_rank import LowRank
+from mos_jax.adapters.patterns import keep_ranks, missing_rows, zero_tails
 from mos_jax.adapters.sites import Sites
 from mos_jax.errors import InputError
 
@@ -32,10 +33,11 @@ from mos_jax.errors import InputError
 class ShareLoRAConfig(AdapterConfig):
     """Configuration of ShareLoRA (arXiv 2406.10785).
 
-    A site type trains r (h + L o) parameters with A shared, r (L h + o) with B shared.
+    A site type trains r (h + L o) parameters with A shared, r (L h + o) with B shared. A block
+    whose rank is below the type's largest uses the first vectors of the shared matrix.
 
     Attributes:
-      rank: r, rank vectors of every site.
+      rank: r, rank vectors of every site that `rank_pattern` does not name.
       shared: which matrix the blocks share: "a" (the paper's choice) or "b".
       alpha: the scale is alpha / rank.
     """
@@ -54,10 +56,9 @@ class ShareLoRAConfig(AdapterConfig):
         if self.shared not in ("a", "b"):
             raise InputError(f"share_lora: shared must be 'a' or 'b', got {self.shared!r}")
 
-    @property
-    def scale(self) -> float:
-        """The scale s in y = x W + s (x A^T) B."""
-        return self.alpha / self.rank
+    def site_scales(self, sites: Sites) -> dict[str, tuple[float, ...]]:
+        """See base class: the scale s in y = x W + s (x A^T) B."""
+        return self._alpha_over_rank(sites)
 
     def build(self, sites: Sites, key: jax.Array) -> ShareLoRA:
         """See base class."""
@@ -68,7 +69,8 @@ class ShareLoRA(Adapter):
     """A and B by site type, the shared one without the axis L; ShareLoRA (arXiv 2406.10785).
 
     Attributes:
-      a: nnx.Param fp32 [r, h] if shared, else [L, r, h]; U(-1/sqrt(h), 1/sqrt(h)).
+      a: nnx.Param fp32 [r, h] if shared, else [L, r, h]; U(-1/sqrt(h), 1/sqrt(h)), and zero in
+        the rows beyond a block's rank.
       b: nnx.Param fp32 [r, o] if shared, else [L, r, o]; zeros.
     """
 
@@ -76,21 +78,21 @@ class ShareLoRA(Adapter):
 
     def __init__(self, config: ShareLoRAConfig, sites: Sites, key: jax.Array):
         super().__init__(config, sites)
-        r = config.rank
         self.a: nnx.Dict = nnx.Dict()
         self.b: nnx.Dict = nnx.Dict()
         for name, site in self.sites.items():
             blocks_a, blocks_b = (
                 () if config.shared == part else (site.num_layers,) for part in ("a", "b")
             )
-            self.a[name] = nnx.Param(
-                uniform_fan_in(site_key(key, name, "a"), (*blocks_a, r, site.d_in), site.d_in)
-            )
+            ranks = self.site_ranks[name]
+            r = max(ranks)
+            a = uniform_fan_in(site_key(key, name, "a"), (*blocks_a, r, site.d_in), site.d_in)
+            self.a[name] = nnx.Param(zero_tails(a, ranks) if blocks_a else a)
             self.b[name] = nnx.Param(jnp.zeros((*blocks_b, r, site.d_out), jnp.float32))
 
     def site_factors(self, name: str, layer: jax.Array | int | None = None) -> LowRank:
         """See base class."""
-        index, scale, layers = choose_blocks(self.sites[name], layer, self.config.scale)
+        index, scale, layers = choose_blocks(self.sites[name], layer, self.site_scales[name])
         a, b = self.a[name][...], self.b[name][...]
         if self.config.shared == "a":
             b = b[index]
@@ -98,4 +100,9 @@ class ShareLoRA(Adapter):
         else:
             a = a[index]
             b = jnp.broadcast_to(b, (*a.shape[:-2], *b.shape))
-        return LowRank(a, b, scale, layers)
+        return keep_ranks(LowRank(a, b, scale, layers), self.site_ranks[name], index)
+
+    def padded_rows(self, part: str, name: str) -> int:
+        """See base class."""
+        own = {"a": "b", "b": "a"}[self.config.shared]
+        return missing_rows(self.site_ranks[name]) if part == own else 0

@@ -27,6 +27,7 @@ from mos_jax.adapters.adapter import (
     uniform_fan_in,
 )
 from mos_jax.adapters.low_rank import LowRank
+from mos_jax.adapters.patterns import keep_ranks, missing_rows, zero_tails
 from mos_jax.adapters.sites import Sites, SiteShape, check_sites
 from mos_jax.adapters.vera import scale_pair
 from mos_jax.errors import InputError
@@ -41,10 +42,11 @@ class TiedLoRAConfig(AdapterConfig):
     """Configuration of Tied-LoRA (arXiv 2311.09578).
 
     A site type trains r (h + o) + L (r + o) parameters; with `tie_qkv` the adapted types together
-    train r (h + sum of o) + L (r + sum of o).
+    train r (h + sum of o) + L (r + sum of o). A site whose rank is below the largest uses the
+    first vectors of A and B, and has a u as short.
 
     Attributes:
-      rank: r, rank vectors of every site.
+      rank: r, rank vectors of every site that `rank_pattern` does not name.
       tie_qkv: the form of the paper's tables: only q_proj, k_proj and v_proj are adapted, and
         share one A and one u.
       alpha: the scale is alpha / rank.
@@ -63,10 +65,9 @@ class TiedLoRAConfig(AdapterConfig):
         require_bool("tied_lora", "tie_qkv", self.tie_qkv)
         require_positive("tied_lora", "alpha", self.alpha)
 
-    @property
-    def scale(self) -> float:
-        """The scale s in y = x W + s (x A^T) B."""
-        return self.alpha / self.rank
+    def site_scales(self, sites: Sites) -> dict[str, tuple[float, ...]]:
+        """See base class: the scale s in y = x W + s (x A^T) B."""
+        return self._alpha_over_rank(sites)
 
     def owner(self, name: str) -> str:
         """Under which name A and u of site type `name` stand."""
@@ -109,12 +110,13 @@ def _describe(site: SiteShape) -> str:
 class TiedLoRA(Adapter):
     """Shared pairs and each block's scalings; Tied-LoRA (arXiv 2311.09578).
 
-    Mappings by site type; with `tie_qkv`, `a` and `u` hold one entry, "qkv".
+    Mappings by site type; with `tie_qkv`, `a` and `u` hold one entry, "qkv", of the largest rank
+    of the three.
 
     Attributes:
       a: nnx.Param fp32 [r, h], U(-1/sqrt(h), 1/sqrt(h)).
       b: nnx.Param fp32 [r, o], zeros: step 0 is the base.
-      u: nnx.Param fp32 [L, r], ones; scales A's vectors.
+      u: nnx.Param fp32 [L, r], ones up to the block's rank; scales A's vectors.
       v: nnx.Param fp32 [L, o], ones; scales the outputs.
     """
 
@@ -123,7 +125,6 @@ class TiedLoRA(Adapter):
     def __init__(self, config: TiedLoRAConfig, sites: Sites, key: jax.Array):
         config.check_tied(sites)
         super().__init__(config, sites)
-        r = config.rank
         self.a: nnx.Dict = nnx.Dict()
         self.b: nnx.Dict = nnx.Dict()
         self.u: nnx.Dict = nnx.Dict()
@@ -131,18 +132,32 @@ class TiedLoRA(Adapter):
         for name, site in self.sites.items():
             owner = config.owner(name)
             if owner not in self.a:
+                tied = self._tied_ranks(owner)
+                shape = (max(tied), site.d_in)
                 self.a[owner] = nnx.Param(
-                    uniform_fan_in(site_key(key, owner, "a"), (r, site.d_in), site.d_in)
+                    uniform_fan_in(site_key(key, owner, "a"), shape, site.d_in)
                 )
-                self.u[owner] = nnx.Param(jnp.ones((site.num_layers, r), jnp.float32))
+                ones = jnp.ones((site.num_layers, max(tied)), jnp.float32)
+                self.u[owner] = nnx.Param(zero_tails(ones, tied))
+            r = max(self.site_ranks[name])
             self.b[name] = nnx.Param(jnp.zeros((r, site.d_out), jnp.float32))
             self.v[name] = nnx.Param(jnp.ones((site.num_layers, site.d_out), jnp.float32))
 
     def site_factors(self, name: str, layer: jax.Array | int | None = None) -> LowRank:
         """See base class."""
-        index, scale, layers = choose_blocks(self.sites[name], layer, self.config.scale)
-        owner = self.config.owner(name)
+        index, scale, layers = choose_blocks(self.sites[name], layer, self.site_scales[name])
+        owner, ranks = self.config.owner(name), self.site_ranks[name]
+        r = max(ranks)
         a, b = scale_pair(
-            self.a[owner][...], self.b[name][...], self.u[owner][index], self.v[name][index]
+            self.a[owner][:r], self.b[name][...], self.u[owner][index][..., :r], self.v[name][index]
         )
-        return LowRank(a, b, scale, layers)
+        return keep_ranks(LowRank(a, b, scale, layers), ranks, index)
+
+    def _tied_ranks(self, owner: str) -> tuple[int, ...]:
+        """How many entries of `u/owner` each block uses, be it for one type alone."""
+        ranks = (own for name, own in self._ranks if self.config.owner(name) == owner)
+        return tuple(map(max, zip(*ranks, strict=True)))
+
+    def padded_rows(self, part: str, name: str) -> int:
+        """See base class."""
+        return missing_rows(self._tied_ranks(name)) if part == "u" else 0

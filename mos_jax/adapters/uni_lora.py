@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
 import jax
@@ -29,6 +28,7 @@ from mos_jax.adapters.adapter import (
     site_key,
 )
 from mos_jax.adapters.low_rank import LowRank
+from mos_jax.adapters.patterns import keep_ranks, row_mask
 from mos_jax.adapters.routing import raw_words
 from mos_jax.adapters.sites import Sites, check_sites
 from mos_jax.adapters.strictness import strict
@@ -48,8 +48,8 @@ class UniLoRAConfig(AdapterConfig):
     Attributes:
       theta_length: D, all trained parameters; at most the N entries of all factors. The paper has
         524,288 on LLaMA 2.
-      rank: r, rank vectors of every site. It costs no parameters, only a longer index: one
-        integer for each of the N entries.
+      rank: r, rank vectors of every site that `rank_pattern` does not name. It costs no
+        parameters, only a longer index: one integer for each of the N entries.
       routing_seed: seeds the index through NumPy.
       used_more: which N % D entries of theta are used once more than the others. "first" ones, or
         "drawn" ones as in the authors' code and PEFT's, for which the scale of every entry is
@@ -58,6 +58,9 @@ class UniLoRAConfig(AdapterConfig):
 
     method: ClassVar[str] = "uni_lora"
     size_field: ClassVar[str] = "theta_length"
+    no_pattern: ClassVar[Mapping[str, str]] = {
+        "alpha_pattern": "Uni-LoRA has no alpha; the scale is 1 and theta sets the size"
+    }
 
     theta_length: int = 524_288
     rank: int = 4
@@ -82,7 +85,8 @@ class UniLoRAConfig(AdapterConfig):
         Raises:
           InputError: if there are fewer of them than trained parameters.
         """
-        entries = sum(math.prod(shape) for shape in index_shapes(sites, self.rank).values())
+        parts = index_parts(sites, self.site_ranks(sites))
+        entries = sum(sum(ranks) * width for ranks, width in parts.values())
         if self.theta_length > entries:
             raise InputError(
                 f"uni_lora: theta_length={self.theta_length} must be at most the {entries} entries "
@@ -95,20 +99,30 @@ class UniLoRAConfig(AdapterConfig):
         return UniLoRA(self, sites, key)
 
 
-def index_shapes(sites: Sites, rank: int) -> dict[str, tuple[int, int, int]]:
-    """Shapes of the index of every A and B, by `"index_a/<site type>"` and `"index_b/..."`.
+# Of the index of an A or a B, the rank of each block and the width.
+Part = tuple[Sequence[int], int]
+
+
+def index_parts(sites: Sites, ranks: Mapping[str, Sequence[int]]) -> dict[str, Part]:
+    """The index of every A and B, by `"index_a/<site type>"` and `"index_b/..."`.
 
     Sorted by site type: the order in which sites are written down has no part in what is drawn.
     """
     return {
-        f"index_{part}/{name}": (site.num_layers, rank, width)
+        f"index_{part}/{name}": (ranks[name], width)
         for name, site in sorted(check_sites(sites).items())
         for part, width in (("a", site.d_in), ("b", site.d_out))
     }
 
 
+def index_shapes(sites: Sites, ranks: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the index, [L, r, width] each, r the largest rank; see `index_parts`."""
+    parts = index_parts(sites, ranks)
+    return {name: (len(own), max(own), width) for name, (own, width) in parts.items()}
+
+
 def draw_index(
-    shapes: dict[str, tuple[int, int, int]],
+    parts: Mapping[str, Part],
     theta_length: int,
     seed: int,
     used_more: UsedMore = "first",
@@ -120,24 +134,25 @@ def draw_index(
     a random order of the entries.
 
     Args:
-      shapes: of the parts; see `index_shapes`.
+      parts: see `index_parts`.
       theta_length: D.
       seed: the routing seed.
       used_more: see `UniLoRAConfig`.
 
     Returns:
-      int32 arrays of these shapes.
+      int32 [L, r, width] each, r the largest rank; 0 in the rows beyond a block's rank.
     """
-    sizes = [math.prod(shape) for shape in shapes.values()]
+    sizes = [sum(ranks) * width for ranks, width in parts.values()]
     flat = (_random_order(sum(sizes), seed) % theta_length).astype(np.int32)
     if used_more == "drawn":
         words = raw_words(theta_length, seed, "uni_lora/used_more")
         flat = np.argsort(words, kind="stable").astype(np.int32)[flat]
     pieces = np.split(flat, np.cumsum(sizes)[:-1])
-    return {
-        name: piece.reshape(shape)
-        for (name, shape), piece in zip(shapes.items(), pieces, strict=True)
-    }
+    found = {}
+    for (name, (ranks, width)), piece in zip(parts.items(), pieces, strict=True):
+        found[name] = np.zeros((len(ranks), max(ranks), width), np.int32)
+        found[name][row_mask(ranks)] = piece.reshape(-1, width)
+    return found
 
 
 @functools.lru_cache(maxsize=1)
@@ -151,9 +166,15 @@ def _random_order(count: int, seed: int) -> np.ndarray:
     return order
 
 
-def count_uses(tables: Mapping[str, np.ndarray], theta_length: int) -> np.ndarray:
-    """How often each entry of theta stands in the tables, int64 [D]."""
-    every = np.concatenate([table.ravel() for table in tables.values()])
+def count_uses(
+    tables: Mapping[str, np.ndarray], theta_length: int, parts: Mapping[str, Part] | None = None
+) -> np.ndarray:
+    """How often each entry of theta stands in the tables, int64 [D].
+
+    With `parts`, the rows beyond a block's rank are left out.
+    """
+    rows = {name: slice(None) if parts is None else row_mask(parts[name][0]) for name in tables}
+    every = np.concatenate([table[rows[name]].ravel() for name, table in tables.items()])
     return np.bincount(every, minlength=theta_length)
 
 
@@ -169,8 +190,8 @@ class UniLoRA(Adapter):
 
     Attributes:
       theta: nnx.Param fp32 [D], U(-0.02, 0.02); belongs to no site type.
-      index_a: Frozen int32 [L, r, h].
-      index_b: Frozen int32 [L, r, o].
+      index_a: Frozen int32 [L, r, h], r the largest rank; 0 in the rows beyond a block's rank.
+      index_b: Frozen int32 [L, r, o], likewise.
       scales: with `used_more="drawn"`, Frozen fp32 [D], what each entry of theta is multiplied by,
         1 / sqrt(how often it is used); without, None.
     """
@@ -185,28 +206,28 @@ class UniLoRA(Adapter):
         self.theta = nnx.Param(
             jax.random.uniform(theta_key, shape, jnp.float32, -THETA_BOUND, THETA_BOUND)
         )
-        shapes = index_shapes(sites, config.rank)
-        index = draw_index(shapes, config.theta_length, config.routing_seed, config.used_more)
+        parts = index_parts(self.sites, self.site_ranks)
+        index = draw_index(parts, config.theta_length, config.routing_seed, config.used_more)
         self.index_a: nnx.Dict = nnx.Dict()
         self.index_b: nnx.Dict = nnx.Dict()
         for name in self.sites:
             self.index_a[name] = Frozen(jnp.asarray(index[f"index_a/{name}"]))
             self.index_b[name] = Frozen(jnp.asarray(index[f"index_b/{name}"]))
         drawn = config.used_more == "drawn"
-        uses = count_uses(index, config.theta_length)
+        uses = count_uses(index, config.theta_length, parts)
         self.scales = Frozen(jnp.asarray(scales_of(uses))) if drawn else None
 
     @strict
     def site_factors(self, name: str, layer: jax.Array | int | None = None) -> LowRank:
         """See base class."""
         theta = self._normalised()
-        index, scale, layers = choose_blocks(self.sites[name], layer, 1.0)
+        index, scale, layers = choose_blocks(self.sites[name], layer, self.site_scales[name])
         # The indices were checked when they were drawn or loaded.
         a, b = (
             theta.at[part[name][index]].get(mode="promise_in_bounds")
             for part in (self.index_a, self.index_b)
         )
-        return LowRank(a, b, scale, layers)
+        return keep_ranks(LowRank(a, b, scale, layers), self.site_ranks[name], index)
 
     def _normalised(self) -> jax.Array:
         """Theta over the square root of how often each entry is used: fp32 [D]."""
@@ -228,7 +249,8 @@ class UniLoRA(Adapter):
     def check(self) -> None:
         """Checks shapes, range and balance of the index. Raises InputError."""
         length, tables = self.config.theta_length, self.tables()
-        for name, shape in index_shapes(self.sites, self.config.rank).items():
+        parts = index_parts(self.sites, self.site_ranks)
+        for name, shape in index_shapes(self.sites, self.site_ranks).items():
             table = tables[name]
             if table.shape != shape or table.dtype != np.int32:
                 raise InputError(
@@ -236,7 +258,9 @@ class UniLoRA(Adapter):
                 )
             if table.min() < 0 or table.max() >= length:
                 raise InputError(f"{name}: an index lies outside 0..{length - 1}")
-        used = count_uses(tables, length)
+            if np.any(table[~row_mask(parts[name][0])]):
+                raise InputError(f"{name}: an index beyond the rank of its block is not 0")
+        used = count_uses(tables, length, parts)
         uses, more = divmod(self.config.count_entries(self.sites), length)
         if self.scales is None:
             wanted = uses + (np.arange(length) < more)

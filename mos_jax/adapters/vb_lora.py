@@ -27,6 +27,7 @@ from mos_jax.adapters.adapter import (
     site_key,
 )
 from mos_jax.adapters.low_rank import LowRank
+from mos_jax.adapters.patterns import keep_ranks, missing_rows, zero_tails
 from mos_jax.adapters.sites import Sites, check_sites
 from mos_jax.adapters.strictness import strict
 from mos_jax.errors import InputError
@@ -41,7 +42,7 @@ class VBLoRAConfig(AdapterConfig):
     """Configuration of VB-LoRA (arXiv 2405.15179). The scale is 1.
 
     Attributes:
-      rank: r, rank vectors of every site.
+      rank: r, rank vectors of every site that `rank_pattern` does not name.
       num_vectors: H, vectors in the bank. Each sub-vector trains H logits, so that this decides
         the trained parameters far more than the stored ones.
       vector_length: b; divides every adapted width. The paper uses 256 on LLaMA 2; 64 divides the
@@ -53,6 +54,9 @@ class VBLoRAConfig(AdapterConfig):
 
     method: ClassVar[str] = "vb_lora"
     size_field: ClassVar[str] = "num_vectors"
+    no_pattern: ClassVar[Mapping[str, str]] = {
+        "alpha_pattern": "VB-LoRA has no alpha; the scale is 1 and the bank sets the size"
+    }
 
     rank: int = 4
     num_vectors: int = 256
@@ -119,7 +123,8 @@ class VBLoRA(Adapter):
 
     Attributes:
       bank: nnx.Param fp32 [H, b], U(-0.02, 0.02); belongs to no site type.
-      logits_a: nnx.Param fp32 [L, r, h / b, H], normal with standard deviation 0.1.
+      logits_a: nnx.Param fp32 [L, r, h / b, H], normal with standard deviation 0.1, and zero in
+        the rows beyond a block's rank.
       logits_b: nnx.Param fp32 [L, r, o / b, H], likewise.
     """
 
@@ -141,18 +146,24 @@ class VBLoRA(Adapter):
                 ("logits_b", self.logits_b, site.d_out),
             ):
                 pieces = width // config.vector_length
-                shape_l = (site.num_layers, config.rank, pieces, config.num_vectors)
+                ranks = self.site_ranks[name]
+                shape_l = (site.num_layers, max(ranks), pieces, config.num_vectors)
                 noise = jax.random.normal(site_key(key, name, part), shape_l, jnp.float32)
-                logits[name] = nnx.Param(LOGITS_STD * noise)
+                logits[name] = nnx.Param(zero_tails(LOGITS_STD * noise, ranks))
 
     @strict
     def site_factors(self, name: str, layer: jax.Array | int | None = None) -> LowRank:
         """See base class."""
         bank, top_k = self.bank[...], self.config.top_k
-        index, scale, layers = choose_blocks(self.sites[name], layer, 1.0)
+        index, scale, layers = choose_blocks(self.sites[name], layer, self.site_scales[name])
         a = admix(bank, self.logits_a[name][index], top_k)
         b = admix(bank, self.logits_b[name][index], top_k)
-        return LowRank(a, b, scale, layers)
+        return keep_ranks(LowRank(a, b, scale, layers), self.site_ranks[name], index)
+
+    def padded_rows(self, part: str, name: str) -> int:
+        """See base class."""
+        own = part in ("logits_a", "logits_b")
+        return missing_rows(self.site_ranks[name]) if own else 0
 
     def count_served(self) -> int:
         """Values of the stored form: the bank, and k indices and k - 1 weights a sub-vector.
@@ -161,9 +172,10 @@ class VBLoRA(Adapter):
         missing to 1; it is tens to hundreds of times less than what is trained. A server needs no
         more. The adapter on disk keeps all logits, so that training can go on.
         """
-        r, b, k = self.config.rank, self.config.vector_length, self.config.top_k
+        b, k = self.config.vector_length, self.config.top_k
         pieces = sum(
-            site.num_layers * r * (site.d_in // b + site.d_out // b) for site in self.sites.values()
+            sum(self.site_ranks[name]) * (site.d_in // b + site.d_out // b)
+            for name, site in self.sites.items()
         )
         return self.config.num_vectors * b + pieces * (2 * k - 1)
 

@@ -9,6 +9,7 @@ Axis legend: L blocks, r rank, h = d_in, o = d_out.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import jax
@@ -25,6 +26,7 @@ from mos_jax.adapters.adapter import (
     site_key,
 )
 from mos_jax.adapters.low_rank import LowRank
+from mos_jax.adapters.patterns import keep_ranks, missing_rows, zero_tails
 from mos_jax.adapters.sites import Sites
 from mos_jax.adapters.strictness import strict
 from mos_jax.errors import InputError, suggest
@@ -39,10 +41,12 @@ SHARED = "shared"
 class VeRAConfig(AdapterConfig):
     """Configuration of VeRA (arXiv 2310.11454).
 
-    A site trains r + o parameters.
+    A site trains r + o parameters. A site whose rank is below the largest uses the first vectors
+    of the projections.
 
     Attributes:
-      rank: r, rank vectors of every site; usually far above LoRA's, since none is trained.
+      rank: r, rank vectors of every site that `rank_pattern` does not name; usually far above
+        LoRA's, since none is trained.
       d_initial: at first, what every rank vector is multiplied by. Not 0: with b at 0 too, no
         gradient would reach either.
       projection_seed: seeds the frozen A and B, so that all adapters of one configuration share
@@ -54,6 +58,9 @@ class VeRAConfig(AdapterConfig):
     """
 
     method: ClassVar[str] = "vera"
+    no_pattern: ClassVar[Mapping[str, str]] = {
+        "alpha_pattern": "VeRA has no alpha; its trained b and d set the size of a change"
+    }
 
     rank: int = 256
     d_initial: float = 0.1
@@ -114,10 +121,12 @@ class VeRA(Adapter):
     The projections are drawn as PEFT draws them, Kaiming-uniform with the gain of a ReLU. With
     `projections="shared"` there is one entry, "shared", of the largest h and o.
 
+    r is the largest rank of the sites that a pair serves.
+
     Attributes:
       projection_a: Frozen fp32 [r, h], U(-sqrt(6 / h), sqrt(6 / h)).
       projection_b: Frozen fp32 [r, o], U(-sqrt(6 / r), sqrt(6 / r)).
-      d: nnx.Param fp32 [L, r], `d_initial` everywhere; scales the rank vectors.
+      d: nnx.Param fp32 [L, r], `d_initial` up to the block's rank; scales the rank vectors.
       b: nnx.Param fp32 [L, o], zeros: step 0 is the base; scales the outputs.
     """
 
@@ -126,7 +135,7 @@ class VeRA(Adapter):
     def __init__(self, config: VeRAConfig, sites: Sites, key: jax.Array):
         del key  # Nothing that trains starts at random.
         super().__init__(config, sites)
-        r, seed = config.rank, jax.random.key(config.projection_seed)
+        seed, ranks = jax.random.key(config.projection_seed), self.site_ranks
         self.projection_a: nnx.Dict = nnx.Dict()
         self.projection_b: nnx.Dict = nnx.Dict()
         self.d: nnx.Dict = nnx.Dict()
@@ -134,24 +143,34 @@ class VeRA(Adapter):
         widths = {name: (site.d_in, site.d_out) for name, site in self.sites.items()}
         if config.projections == "shared":
             pairs = {SHARED: tuple(map(max, zip(*widths.values(), strict=True)))}
+            pair_ranks = {SHARED: max(map(max, ranks.values()))}
         else:
-            pairs = widths
+            pairs, pair_ranks = widths, {name: max(own) for name, own in ranks.items()}
         for name, (d_in, d_out) in pairs.items():
+            r = pair_ranks[name]
             self.projection_a[name] = _draw(site_key(seed, name, "a"), (r, d_in), d_in)
             self.projection_b[name] = _draw(site_key(seed, name, "b"), (r, d_out), r)
         for name, site in self.sites.items():
-            self.d[name] = nnx.Param(jnp.full((site.num_layers, r), config.d_initial, jnp.float32))
+            shape = (site.num_layers, max(ranks[name]))
+            d = jnp.full(shape, config.d_initial, jnp.float32)
+            self.d[name] = nnx.Param(zero_tails(d, ranks[name]))
             self.b[name] = nnx.Param(jnp.zeros((site.num_layers, site.d_out), jnp.float32))
 
     def site_factors(self, name: str, layer: jax.Array | int | None = None) -> LowRank:
         """See base class."""
         site = self.sites[name]
-        index, scale, layers = choose_blocks(site, layer, 1.0)
+        index, scale, layers = choose_blocks(site, layer, self.site_scales[name])
+        ranks = self.site_ranks[name]
+        r = max(ranks)
         pair = SHARED if self.config.projections == "shared" else name
         a, b = scale_pair(
-            self.projection_a[pair][:, : site.d_in],
-            self.projection_b[pair][:, : site.d_out],
+            self.projection_a[pair][:r, : site.d_in],
+            self.projection_b[pair][:r, : site.d_out],
             self.d[name][index],
             self.b[name][index],
         )
-        return LowRank(a, b, scale, layers)
+        return keep_ranks(LowRank(a, b, scale, layers), ranks, index)
+
+    def padded_rows(self, part: str, name: str) -> int:
+        """See base class."""
+        return missing_rows(self.site_ranks[name]) if part == "d" else 0

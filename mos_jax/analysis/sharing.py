@@ -111,13 +111,8 @@ def _json_number(value: float) -> float | None:
 
 def adapted_layers(adapter: Adapter) -> tuple[int, ...]:
     """The blocks of the model that at least one site type of the adapter is in, in order."""
-    blocks = {block for name in adapter.sites for block in _blocks(adapter, name)}
+    blocks = {block for name in adapter.sites for block in adapter.sites[name].blocks}
     return tuple(sorted(blocks))
-
-
-def _blocks(adapter: Adapter, name: str) -> tuple[int, ...]:
-    site = adapter.sites[name]
-    return site.layers if site.layers is not None else tuple(range(site.num_layers))
 
 
 def usage_counts(adapter: MoS) -> dict[str, np.ndarray]:
@@ -125,8 +120,8 @@ def usage_counts(adapter: MoS) -> dict[str, np.ndarray]:
 
     Returns:
       By path of the pool, int64 [S, L]: entry (s, k) is the number of positions of layer k's
-      tables at which shard s stands. A column sums to the r l positions of a table, for each site
-      type that reads the pool.
+      tables at which shard s stands. A column sums to the r l positions of a layer's table, for
+      each site type that reads the pool.
     """
     layers, tables = adapted_layers(adapter), adapter.tables()
     counts = {}
@@ -134,9 +129,11 @@ def usage_counts(adapter: MoS) -> dict[str, np.ndarray]:
         for pool in adapter.pools(side):
             found = np.zeros((pool.layout.num_shards, len(layers)), np.int64)
             for name in pool.blocks:
-                table = tables[f"table_{side}/{name}"]
-                for block, entries in zip(_blocks(adapter, name), table, strict=True):
-                    np.add.at(found[:, layers.index(block)], entries.reshape(-1), 1)
+                table, ranks = tables[f"table_{side}/{name}"], adapter.site_ranks[name]
+                for block, entries, rank in zip(
+                    adapter.sites[name].blocks, table, ranks, strict=True
+                ):
+                    np.add.at(found[:, layers.index(block)], entries[:rank].reshape(-1), 1)
             counts[f"pool_{side}/{pool.name}"] = found
     return counts
 
@@ -203,7 +200,7 @@ def pool_gradients(adapter: MoS, gradient: Factors) -> dict[str, np.ndarray]:
     graphdef, trained, *rest = nnx.split(adapter, nnx.Param, ...)
     layers = adapted_layers(adapter)
     masks = {
-        name: jnp.asarray([[block == k for block in _blocks(adapter, name)] for k in layers])
+        name: jnp.asarray([[block == k for block in adapter.sites[name].blocks] for k in layers])
         for name in adapter.sites
     }
 

@@ -16,8 +16,9 @@ SITES = {
 
 
 def plan(side, scope="width", sites=SITES, rank=3, e=2, p=1, shards=2):
+    ranks = {name: (rank,) * site.num_layers for name, site in sites.items()}
     return plan_pools(
-        sites, side, scope, equivalent_rank=e, rank=rank, private_rank=p, shards_per_vector=shards
+        sites, side, scope, equivalent_rank=e, ranks=ranks, private_rank=p, shards_per_vector=shards
     )
 
 

@@ -50,11 +50,11 @@ def private(layout, table):
 
 @each_layout
 def test_a_pool_has_e_L_l_shards_of_which_p_l_per_block_are_private(layout):
-    blocks, e, r, p, shards = dataclasses.astuple(layout)
+    blocks, e, r, p, shards, _ = dataclasses.astuple(layout)
     assert layout.num_public == (e - p) * blocks * shards
     assert layout.num_private_per_layer == p * shards
     assert layout.num_shards == e * blocks * shards
-    assert layout.num_drawn == (r - p) * shards
+    assert layout.drawn == ((r - p) * shards,) * layout.num_layers
 
 
 @each_layout
@@ -114,7 +114,7 @@ def test_balanced_draws_use_shards_equally_often_and_leave_none_idle_that_could_
     rank, shards
 ):
     layout = PoolLayout(4, 3, rank, 1, shards)
-    draws, public_shards = 4 * layout.num_drawn, layout.num_public
+    draws, public_shards = sum(layout.drawn), layout.num_public
     for seed in range(10):
         for table in draw_tables(layout, "q_proj", seed, balanced=True):
             uses = np.bincount(public(layout, table).ravel(), minlength=public_shards)
