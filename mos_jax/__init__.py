@@ -20,6 +20,9 @@ from mos_jax.adapters.uni_lora import UniLoRAConfig
 from mos_jax.adapters.vb_lora import VBLoRAConfig
 from mos_jax.adapters.vera import VeRAConfig
 from mos_jax.errors import InputError
+from mos_jax.interop.peft import export_peft
+from mos_jax.interop.peft_import import import_peft
+from mos_jax.interop.peft_native import export_native
 from mos_jax.models.base import Base, load_base
 from mos_jax.models.generation import Sampling, generate
 
@@ -47,7 +50,10 @@ __all__ = [
     "combine",
     "count_parameters",
     "create_adapter",
+    "export_native",
+    "export_peft",
     "generate",
+    "import_peft",
     "load_adapter",
     "load_base",
     "save_adapter",

@@ -131,5 +131,5 @@ def _line(kind: str, about: str, base: Any) -> str:
 
 
 def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:7])
+    shown = ", ".join(names[:7]) or "no module"
     return shown if len(names) <= 7 else f"{shown} and {len(names) - 7} more"

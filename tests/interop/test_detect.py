@@ -124,6 +124,8 @@ def test_what_is_not_known_is_refused_in_words(tmp_path):
     edit_config(folder, peft_type="LOHA")
     with pytest.raises(InputError, match="peft_type = 'LOHA' is not supported"):
         detect(folder)
+    edit_config(folder, peft_type="LORA", target_modules=[])
+    assert "on no module" in detect(folder).description
     (tmp_path / "cut.gguf").write_bytes(write_gguf(tmp_path / "whole").read_bytes()[:40])
     with pytest.raises(InputError, match="not a whole GGUF file"):
         detect(tmp_path / "cut.gguf")

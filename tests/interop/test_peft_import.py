@@ -469,6 +469,12 @@ def test_facts_say_what_was_found(tmp_path):
     }
 
 
+def test_a_seed_or_a_block_0_is_a_fact(tmp_path):
+    folder = write_peft(tmp_path / "x", "UNILORA", proj_seed=0, layers_to_transform=0)
+    facts = peft_facts(folder)
+    assert (facts["proj_seed"], facts["layers_to_transform"]) == (0, 0)
+
+
 class TestNative:
     def build(self, config, sites=SITES):
         return randomised(create_adapter(config, sites, jax.random.key(0)))

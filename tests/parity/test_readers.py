@@ -9,9 +9,9 @@ import pytest
 
 from mos_jax.errors import InputError
 from mos_jax.models import gguf, huggingface
-from mos_jax.models.gguf import find_packaged_gguf
 from mos_jax.models.huggingface_config import config_from_huggingface
 from mos_jax.models.known import known_config
+from mos_jax.models.packaged import find_packaged_gguf
 from mos_jax.models.tiny import tiny_config, tiny_weights
 from mos_jax.models.tokenizer import Tokenizer
 from tests.models.fixtures_models import in_file_order, write_folder, write_gguf

@@ -378,13 +378,14 @@ class TestStarts:
 
 
 class TestVeRA:
-    """Where the definitions differ: PEFT has one pair for all types, we have one for each.
+    """Where the definitions differ: PEFT has one pair for all types, ours by default one for each.
 
     Kaiming's bound of A goes with the width that a matrix was drawn for. PEFT draws a single A for
     the widest input and a single B for the widest output and hands slices to narrower sites, whose
     A is then smaller than if drawn for them, and overlaps with that of the other types. The single
     pair of the paper fits layers of one shape only, so that either is a reading of it; drawn by
-    type, each A has the bound of its own width. What trains is the same.
+    type, each A has the bound of its own width. What trains is the same. `projections="shared"` is
+    PEFT's reading, compared in `test_import.py`.
     """
 
     def test_slices_of_their_pair_are_an_adapter_of_ours(self, decoder):
@@ -438,7 +439,10 @@ class TestVBLoRA:
 
 
 class TestUniLoRA:
-    """Where the definitions differ: which entries of theta are used once more than the others."""
+    """Where the definitions differ: which entries of theta are used once more than the others.
+
+    `used_more="drawn"` is PEFT's choice, compared in `test_import.py`.
+    """
 
     def test_their_index_is_one_of_ours_with_the_entries_renamed(self, decoder):
         """PEFT, as the authors, draws them; ours are the first ones, whatever they are called."""
