@@ -48,10 +48,11 @@ def transformers_model(base: Base) -> Any:
     }
     for layer in range(config.num_layers):
         prefix = f"model.layers.{layer}"
-        weights[f"{prefix}.input_layernorm.weight"] = model.blocks["attn_norm"][layer]
-        weights[f"{prefix}.post_attention_layernorm.weight"] = model.blocks["mlp_norm"][layer]
+        norms = {"input_layernorm": "attn_norm", "post_attention_layernorm": "mlp_norm"}
+        for module, norm in norms.items():
+            weights[f"{prefix}.{module}.weight"] = model.weight(f"blocks/{norm}")[layer]
         for site, module in SITE_MODULES.items():
-            weights[f"{prefix}.{module}.weight"] = model.blocks[site][layer].T
+            weights[f"{prefix}.{module}.weight"] = model.weight(f"blocks/{site}")[layer].T
     weights["lm_head.weight"] = model.embed if model.head is None else model.head[...].T
     state = {name: torch.from_numpy(np.array(w[...])) for name, w in weights.items()}
     transformers.utils.logging.set_verbosity_error()
