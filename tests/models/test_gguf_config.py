@@ -48,6 +48,7 @@ def test_qwen():
 
 def gemma_fields(**changes):
     own = {"block_count": 8, "attention.sliding_window": 32, "attention.key_length": 16}
+    own |= {"rope.freq_base": 1e6}
     return gguf_fields("gemma3", **(own | changes))
 
 
