@@ -54,6 +54,7 @@ def main(_: Sequence[str]) -> None:
         rank=RANK.value,
         seed=SEED.value,
     )
+    settings = {"density": DENSITY.value, "rank": RANK.value, "seed": SEED.value}
     export_peft(
         OUT.value,
         combined.factors,
@@ -62,10 +63,9 @@ def main(_: Sequence[str]) -> None:
         card={
             "combination": HOW.value,
             "weights": dict(zip(several.factors, weights, strict=True)),
-            "density": DENSITY.value,
-            "rank": RANK.value,
-            "seed": SEED.value,
+            **{name: value for name, value in settings.items() if value is not None},
             "distance_to_the_weighted_sum": f"{combined.error:.3g}",
+            **{f"adapter {name}": card for name, card in several.cards.items()},
         },
         overwrite=OVERWRITE.value,
     )

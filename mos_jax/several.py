@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from mos_jax.adapters.bank import BASE_NAME, AdapterBank, check_name
 from mos_jax.adapters.low_rank import LowRank
 from mos_jax.errors import InputError
 from mos_jax.finished import AS_TRAINED, load_finished
+from mos_jax.interop.card import describe_card
 from mos_jax.models.base import Base
 from mos_jax.models.decoder import FactorsSource
 
@@ -22,11 +24,13 @@ class Several:
       base: the base.
       factors: those of each adapter, by its name; without adapters empty.
       notes: what to know of how they go together, one line each.
+      cards: by name, how each came about, as JSON values; see `describe_card`.
     """
 
     base: Base
     factors: dict[str, Mapping[str, LowRank]]
     notes: tuple[str, ...]
+    cards: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
     def for_rows(self, names: Sequence[str]) -> FactorsSource:
         """Factors for a batch whose row i uses the adapter `names[i]`, "__base__" for none.
@@ -71,9 +75,10 @@ def load_several(
     _check_different(names)
     found = dict(zip(names, loaded, strict=True))
     return Several(
-        one.base,
+        loaded[-1].base,
         {name: one.factors for name, one in found.items() if one.factors is not None},
         tuple(f"{name}: {one.note}" for name, one in found.items() if one.note),
+        {name: describe_card(one.card) for name, one in found.items() if one.card is not None},
     )
 
 

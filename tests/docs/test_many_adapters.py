@@ -39,7 +39,11 @@ def test_the_commands_run_after_it(folder):
         outputs.append(call(program[12:-3], *flags).stdout)
     assert "q_proj     rank   7  distance " in outputs[0]
     assert float(outputs[0].split("of the changes is ")[1].split()[0]) < 1e-6
-    assert "**combination**: exact" in (folder / "runs/both/README.md").read_text()
+    card = (folder / "runs/both/README.md").read_text()
+    assert "**combination**: exact" in card
+    # How each of its adapters came about.
+    assert re.search(r'\*\*adapter french\*\*: `\{"method": "\w+"', card)
+    assert "null" not in card
     assert re.findall(r"^\[(\w+)\] ", outputs[1], re.MULTILINE) == ["base", "french", "both"]
 
 

@@ -2,30 +2,43 @@
 
 import json
 import re
+import shlex
 
 import pytest
 
 from mos_jax.adapters.methods import METHODS
+from mos_jax.interop.detect import detect
 from mos_jax.interop.peft_fields import KINDS
 from mos_jax.interop.peft_native import NATIVE
 from mos_jax.interop.vllm import VLLM_RANKS
-from tests.experiments.fixtures_programs import ROOT
+from tests.experiments.fixtures_programs import ROOT, call
 
 PAGE = (ROOT / "docs/peft.md").read_text(encoding="utf-8")
 
 
-def test_the_python_runs(tmp_path, capsys):
-    blocks = re.findall(r"^```python\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
-    assert PAGE.count("```") == 2 * len(blocks)
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+
+
+def test_all_of_it_runs(tmp_path, capsys):
+    assert PAGE.count("```") == 2 * len(blocks("python") + blocks("bash"))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
-        exec(compile("".join(blocks), "docs/peft.md", "exec"), {})
+        exec(compile("".join(blocks("python")), "docs/peft.md", "exec"), {})
     written = sorted(path.name for path in tmp_path.iterdir())
     assert written == ["mine", "mixed", "mos_as_lora", "padded", "vera"]
     assert (
         json.loads((tmp_path / "vera" / "adapter_config.json").read_text())["peft_type"] == "VERA"
     )
     assert "rank_pattern has" in capsys.readouterr().out
+
+    (text,) = blocks("bash")
+    for line in text.splitlines():
+        python, program, *flags = shlex.split(line)
+        assert (python, program) == ("python", "experiments/convert.py")
+        call("convert", *(re.sub(r"^--(in|out)=", rf"--\1={tmp_path}/", flag) for flag in flags))
+    found = [detect(tmp_path / "out" / name).kind for name in ("lora", "ours", "native")]
+    assert found == ["PEFT LORA", "mos_jax adapter", "PEFT VERA"]
 
 
 def test_the_table_names_every_method_and_type():
