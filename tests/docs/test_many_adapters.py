@@ -42,7 +42,7 @@ def test_the_commands_run_after_it(folder):
     card = (folder / "runs/both/README.md").read_text()
     assert "**combination**: exact" in card
     # How each of its adapters came about.
-    assert re.search(r'\*\*adapter french\*\*: `\{"method": "\w+"', card)
+    assert re.search(r'\*\*adapter french\*\*: `\{.*"method": "\w+"', card)
     assert "null" not in card
     assert re.findall(r"^\[(\w+)\] ", outputs[1], re.MULTILINE) == ["base", "french", "both"]
 
