@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from typing import Any
 
 from mos_jax.errors import InputError, suggest
@@ -12,6 +13,9 @@ SITES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 # Families by the names of their files and tensors. Llama is Llama 1 to 3.2 and SmolLM2.
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3")
 ACTIVATIONS = ("silu", "gelu_tanh")
+# Far above any model, and low enough that a damaged file asks for little before its tensors, whose
+# bytes are counted, are looked at.
+MAX_SIZE, MAX_LAYERS = 2**31 - 1, 2**16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +121,7 @@ class DecoderConfig:
         config = cls(**fields)
         for name in _SIZES:
             check_size(name, getattr(config, name))
+        check_size("num_layers", config.num_layers, MAX_LAYERS)
         if config.head_dim % 2:
             raise InputError(f"head_dim = {config.head_dim} must be even: RoPE rotates pairs")
         if config.num_heads % config.num_kv_heads:
@@ -269,12 +274,14 @@ def _check_windows(config: DecoderConfig) -> None:
         )
 
 
-def check_size(name: str, value: Any) -> None:
-    """Raises InputError unless `value`, called `name`, is a whole number of at least 1."""
+def check_size(name: str, value: Any, most: int = MAX_SIZE) -> None:
+    """Raises InputError unless `value`, called `name`, is a whole number from 1 to `most`."""
     if value is None:
         raise InputError(f"{name} is missing")
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise InputError(f"{name} = {value!r} must be a whole number, 1 or more")
+    if value > most:
+        raise InputError(f"{name} = {value!r:.40} must be at most {most}")
 
 
 def check_positive(name: str, value: Any) -> None:
@@ -282,8 +289,8 @@ def check_positive(name: str, value: Any) -> None:
     if value is None:
         raise InputError(f"{name} is missing")
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not 0 < value < math.inf:
-        raise InputError(f"{name} = {value!r} must be a finite number above 0")
+    if not number or not 0 < value <= sys.float_info.max:
+        raise InputError(f"{name} = {value!r:.40} must be a finite number above 0")
 
 
 def default_head_dim(d_model: int, num_heads: int) -> int:

@@ -15,6 +15,8 @@ import numpy as np
 
 from mos_jax.errors import InputError
 from mos_jax.models.config import (
+    MAX_LAYERS,
+    MAX_SIZE,
     DecoderConfig,
     LinearScaling,
     RopeScaling,
@@ -64,7 +66,7 @@ class _Fields:
 
     def size(self, key: str, default: int | None = None) -> int:
         value = self.get(key, default)
-        check_size(self.prefix + key, value)
+        check_size(self.prefix + key, value, MAX_LAYERS if key == "block_count" else MAX_SIZE)
         return int(value)
 
     def number(self, key: str, default: float | None = None) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 
 from mos_jax.errors import InputError
 from mos_jax.models.config import (
+    MAX_LAYERS,
     DecoderConfig,
     check_positive,
     check_size,
@@ -142,6 +143,7 @@ def config_from_huggingface(raw: Mapping[str, Any], name: str | None = None) -> 
     filled = _COMMON | _DEFAULTS[family] | dict(raw)
     for key in _SIZES.values():
         check_size(f"config.json: {key}", filled.get(key))
+    check_size("config.json: num_hidden_layers", filled["num_hidden_layers"], MAX_LAYERS)
     fields: dict[str, Any] = {field: filled[key] for field, key in _SIZES.items()}
     heads, kv_heads = fields["num_heads"], filled.get("num_key_value_heads")
     head_dim = filled.get("head_dim")
@@ -205,7 +207,8 @@ def config_to_huggingface(config: DecoderConfig) -> dict[str, Any]:
         raw["max_window_layers"] = windowed.index(True) if any(windowed) else config.num_layers
     if family == "gemma3":
         scale = config.head_dim**-0.5 if config.query_scale is None else config.query_scale
-        raw["query_pre_attn_scalar"] = round(scale**-2)
+        # An integer there; what none can say differs when it is read below.
+        raw["query_pre_attn_scalar"] = max(1, round(max(scale, 1e-9) ** -2))
     read = config_from_huggingface(raw, config.name)
     for field in dataclasses.fields(config):
         ours, theirs = getattr(config, field.name), getattr(read, field.name)

@@ -67,6 +67,9 @@ def test_weight_shapes_of_an_untied_model():
     ("change", "message"),
     [
         ({"num_layers": 0}, "num_layers = 0"),
+        ({"num_layers": 2**30}, "num_layers = 1073741824 must be at most 65536"),
+        ({"head_dim": 10**400}, "head_dim = 1000000000"),
+        ({"rms_eps": 10**400}, "must be a finite number above 0"),
         ({"d_model": 64.0}, "d_model = 64.0"),
         ({"vocab_size": True}, "vocab_size = True"),
         ({"head_dim": 15}, "head_dim = 15 must be even"),

@@ -149,6 +149,7 @@ def test_other_factors_are_refused():
         ({"attention.value_length": 32}, "attention.value_length = 32"),
         ({"attention.head_count": [4, 4]}, "attention.head_count"),
         ({"block_count": None}, "block_count is missing"),
+        ({"block_count": 2**32 - 1}, "block_count = 4294967295 must be at most 65536"),
         ({"attention.layer_norm_rms_epsilon": None}, "rms_epsilon is missing"),
         ({"rope.freq_base": 1e300}, "rope_base = inf"),
         ({"tensor_data_layout": "else"}, "llama.tensor_data_layout = 'else'"),
