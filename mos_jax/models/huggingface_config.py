@@ -90,6 +90,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attn_logit_softcapping": (None,),
     "final_logit_softcapping": (None,),
     "use_bidirectional_attention": (False, None),
+    "use_mrope": (False, None),
 }
 _NEUTRAL_OF: dict[str, dict[str, tuple[Any, ...]]] = {
     "llama": {"hidden_act": ("silu",), "attention_bias": (False, None), "sliding_window": (None,)},
