@@ -74,7 +74,7 @@ CONFIGS |= {
     ),
     "lora-patterns": LoRAConfig(rank=3, rank_pattern=RANKS, alpha_pattern=ALPHAS),
     "prolora-patterns": PRoLoRAConfig(3, 1, 3, 2, rank_pattern=RANKS, alpha_pattern=ALPHAS),
-    "share-a-patterns": ShareLoRAConfig(rank=3, rank_pattern=RANKS, alpha_pattern=ALPHAS),
+    "share-b-patterns": ShareLoRAConfig(3, "b", rank_pattern=RANKS, alpha_pattern=ALPHAS),
     "vera-patterns": VeRAConfig(rank=3, rank_pattern=RANKS),
     "tied-qkv-patterns": TiedLoRAConfig(3, True, rank_pattern=RANKS, alpha_pattern=ALPHAS),
     "rasa-patterns": RaSAConfig(rank=3, rank_pattern=RANKS, alpha_pattern=ALPHAS),

@@ -77,6 +77,15 @@ EXPORTED: dict[str, tuple[Any, dict[str, Any]]] = {
         dataclasses.replace(MOS, rank=2),
         {"include": ["0.self_attn.q_proj", "v_proj", r"layers\.1\.mlp\..*"]},
     ),
+    "mos, patterns": (
+        dataclasses.replace(
+            MOS,
+            pool_scope="width",
+            rank_pattern={"0.self_attn.q_proj": 2, "mlp.*": 3},
+            alpha_pattern={"layers.1.*": 4.0},
+        ),
+        {},
+    ),
     "lora, one layer": (LoRAConfig(rank=4, alpha=3.5), {"layers": [0]}),
     "rslora": (LoRAConfig(rank=8, alpha=2.0, rslora=True), {}),
     "lora, patterns": (
@@ -92,6 +101,7 @@ EXPORTED: dict[str, tuple[Any, dict[str, Any]]] = {
     # Neither number of chunks divides all widths.
     "prolora": (PRoLoRAConfig(rank=5, unshared_rank=1, chunks_a=3, chunks_b=5), {}),
     "rasa": (RaSAConfig(rank=3, shared_rank=2, alpha=6.0), {}),
+    "rasa, patterns": (RaSAConfig(rank=3, shared_rank=2, rank_pattern={"0.*": 2}), {}),
     "share_lora, a": (ShareLoRAConfig(rank=5, shared="a"), {}),
     "share_lora, b": (ShareLoRAConfig(rank=5, shared="b"), {}),
     "tied_lora": (TiedLoRAConfig(rank=5), {}),
