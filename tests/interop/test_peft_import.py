@@ -486,6 +486,18 @@ class TestNative:
                 MoSConfig(equivalent_rank=2, rank=2, shards_per_vector=2),
                 "PEFT has no type for 'mos'",
             ),
+            (
+                VeRAConfig(rank=4, projections="shared", rank_pattern={"q_proj": 2}),
+                r"no rank_pattern, this adapter has \{'q_proj': 2\}",
+            ),
+            (
+                VBLoRAConfig(rank=2, num_vectors=5, vector_length=4, rank_pattern={"q_proj": 1}),
+                "vb_lora: PEFT's type has no rank_pattern",
+            ),
+            (
+                UniLoRAConfig(theta_length=50, rank=2, rank_pattern={"q_proj": 1}),
+                "uni_lora: PEFT's type has no rank_pattern",
+            ),
             (VeRAConfig(rank=4), r'projections="site_type" has a pair .* 3 site types'),
         ],
     )
