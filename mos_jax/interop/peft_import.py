@@ -23,7 +23,7 @@ from mos_jax.adapters.low_rank import LowRank
 from mos_jax.adapters.sites import Sites
 from mos_jax.adapters.vb_lora import VBLoRAConfig
 from mos_jax.adapters.vera import SHARED, VeRAConfig
-from mos_jax.errors import InputError
+from mos_jax.errors import InputError, naming
 from mos_jax.interop.as_lora import lora_from_factors
 from mos_jax.interop.peft import adapted_sites, read_config, read_lora_factors
 from mos_jax.interop.peft_arrays import filled_adapter, module_order, stack_tensors
@@ -59,8 +59,12 @@ def import_peft(
         projections and a VB-LoRA without its logits, with what can be done; for targets that are
         none of the sites; for missing, extra or misshapen tensors.
     """
-    folder = Path(path)
     sites = base.sites if isinstance(base, Base) else base
+    with naming(path):
+        return _import(Path(path), sites, as_lora)
+
+
+def _import(folder: Path, sites: Sites, as_lora: bool) -> Adapter:
     config = read_config(folder, sites)
     adapted = adapted_sites(config, sites)
     if as_lora:

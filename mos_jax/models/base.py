@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from mos_jax.adapters.sites import SiteShape
-from mos_jax.errors import InputError, suggest
+from mos_jax.errors import InputError, naming, suggest
 from mos_jax.models import gguf, huggingface, packaged, tiny
 from mos_jax.models.config import SITES, DecoderConfig
 from mos_jax.models.decoder import Decoder
@@ -174,7 +174,8 @@ def load_base(
     # Everything that can be refused, before anything is read.
     check_names(shardings, list(shapes))
     for weight in sorted(quantized):
-        check_divides(weight, shapes[weight][-2])
+        with naming(name):
+            check_divides(weight, shapes[weight][-2])
     weights: dict[str, Weight] = {}
     samples: dict[str, np.ndarray] = {}
     with source.open_weights() as readers:

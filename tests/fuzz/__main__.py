@@ -7,8 +7,9 @@ import sys
 import time
 
 from tests.fuzz.runner import Summary, run
+from tests.fuzz.targets import TARGETS
 
-FORMATS = ("gguf", "huggingface", "tokenizer", "gguf-tokenizer", "adapter", "peft")
+FORMATS = tuple(TARGETS)
 
 
 def main() -> int:

@@ -8,7 +8,9 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import re
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,15 +30,23 @@ from mos_jax.adapters.storage import adapter_arrays, load_adapter, save_adapter
 from mos_jax.adapters.vb_lora import VBLoRAConfig
 from mos_jax.adapters.vera import VeRAConfig
 from mos_jax.errors import InputError
+from mos_jax.interop.adapter_gguf import read_adapter_gguf, write_adapter_gguf
+from mos_jax.interop.detect import detect
 from mos_jax.interop.peft import export_peft, read_peft_factors
+from mos_jax.interop.peft_import import import_peft
+from mos_jax.interop.peft_native import export_native
 from mos_jax.models import gguf as gguf_reader
 from mos_jax.models import huggingface
-from mos_jax.models.config import DecoderConfig
+from mos_jax.models.base import Base, load_base
+from mos_jax.models.config import DecoderConfig, RopeScaling
 from mos_jax.models.tiny import tiny_config, tiny_weights
 from mos_jax.models.tokenizer import CHATML, Tokenizer
 from tests.adapters.fixtures_adapters import randomised
 from tests.fuzz.mutations import Mutation, mutate_bytes, mutate_files, mutate_json
 from tests.fuzz.structured import mutate_gguf, mutate_safetensors, split_safetensors
+from tests.interop.fixtures_folders import SITES as PEFT_SITES
+from tests.interop.fixtures_folders import write_peft
+from tests.models.fixtures_families import family_config
 from tests.models.fixtures_models import write_folder, write_gguf
 
 
@@ -79,6 +89,24 @@ def _gguf(kind: str, changes: Mapping[str, Any], **options: Any) -> Callable[[Pa
     )
 
 
+def _small(family: str, **changes: Any) -> DecoderConfig:
+    """A config with all that the family adds to Llama."""
+    narrow = {"num_layers": 2, "vocab_size": 40, "d_model": 32, "d_ff": 32, "name": "model"}
+    if family in ("qwen2", "gemma3"):
+        narrow["windowed_layers"] = (1,)
+    return family_config(family, **narrow | changes)
+
+
+def _gguf_of(config: DecoderConfig) -> Callable[[Path], Any]:
+    weights = tiny_weights(config, seed=3)
+    return lambda folder: write_gguf(folder / "model.gguf", config, weights)
+
+
+def _folder_of(config: DecoderConfig) -> Callable[[Path], Any]:
+    weights = tiny_weights(config, seed=3)
+    return lambda folder: write_folder(folder, config, weights)
+
+
 def _read_gguf(folder: Path) -> Any:
     file = folder / "model.gguf"
     config = gguf_reader.read_config(file)
@@ -113,12 +141,11 @@ def _check_gguf(folder: Path, reading: Any) -> None:
         gguf_reader.tensor_names(config),
         stored,
         lambda target, rows: (
-            _in_halves(rows, heads[target])
-            if target in heads and config.family in ("llama", "mistral")
-            else rows
+            _in_halves(rows, heads[target]) if target in heads and family == "llama" else rows
         ),
     )
-    assert used == set(stored), f"ignored: {set(stored) - used}"
+    left = set(stored) - used
+    assert left <= {"rope_freqs.weight"}, f"ignored: {left}"
 
 
 def _in_halves(rows: np.ndarray, heads: int) -> np.ndarray:
@@ -195,7 +222,9 @@ def _check_folder(folder: Path, reading: Any) -> None:
     for field, key in _HF_SIZES.items():
         same(key, getattr(config, field), raw[key])
     same("rms_norm_eps", config.rms_eps, raw.get("rms_norm_eps", 1e-6))
-    same("rope_theta", config.rope_base, raw.get("rope_theta", 10000.0))
+    if not raw.get("rope_parameters"):
+        theta = 1000000.0 if raw["model_type"] == "gemma3_text" else 10000.0
+        same("rope_theta", config.rope_base, raw.get("rope_theta", theta))
     index = folder / "model.safetensors.index.json"
     if index.exists():
         placed = json.loads(index.read_text())["weight_map"]
@@ -203,7 +232,12 @@ def _check_folder(folder: Path, reading: Any) -> None:
     else:
         stored = _load(folder / "model.safetensors")
     names = huggingface.tensor_names(config)
-    used = _check_weights(config, weights, names, stored, lambda target, rows: rows)
+    add_one = raw["model_type"] == "gemma3_text"
+
+    def change(target: str, rows: np.ndarray) -> np.ndarray:
+        return rows + np.float32(1) if add_one and target.endswith("norm") else rows
+
+    used = _check_weights(config, weights, names, stored, change)
     left = {name for name in stored if not name.endswith("rotary_emb.inv_freq")} - used
     assert left <= ({"lm_head.weight"} if config.tied_embeddings else set()), left
 
@@ -364,12 +398,158 @@ def _check_peft(folder: Path, factors: Any) -> None:
     assert used == set(stored)
 
 
+# ---- PEFT folders of every type, as adapters
+
+
+def _peft_of(kind: str, **changes: Any) -> Callable[[Path], Any]:
+    def write(folder: Path) -> None:
+        folder.rmdir()
+        write_peft(folder, kind, **changes)
+
+    return write
+
+
+def _read_import(folder: Path) -> Any:
+    return import_peft(folder, PEFT_SITES)
+
+
+def _check_import(folder: Path, adapter: Any) -> None:
+    """A LoRA changes every weight as PEFT's formula says; of others the tensors are those read.
+
+    What PEFT has itself is written back for that, which `tests/parity` compares with PEFT.
+    """
+    stored = _load(folder / "adapter_model.safetensors")
+    raw = json.loads((folder / "adapter_config.json").read_text())
+    if raw["peft_type"] == "LORA":
+        _check_lora(raw, stored, adapter.factors())
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        back = Path(scratch) / "back"
+        export_native(back, adapter, base_name="org/base", num_layers=3)
+        ours = _load(back / "adapter_model.safetensors")
+    assert set(ours) == set(stored)
+    for name, array in stored.items():
+        if "unilora_scales" in name:  # PEFT's own are rounded once more
+            assert np.allclose(ours[name], array, rtol=1e-5), name
+        else:
+            same(name, ours[name], array.astype(np.float32))
+
+
+def _check_lora(
+    raw: Mapping[str, Any], stored: Mapping[str, np.ndarray], factors: Mapping[str, Any]
+) -> None:
+    used = 0
+    for name, factor in factors.items():
+        part = "mlp" if name == "down_proj" else "self_attn"
+        deltas = np.asarray(factor.delta())
+        for position, layer in enumerate(factor.layers or range(3)):
+            module = f"model.layers.{layer}.{part}.{name}"
+            a, b = (stored[f"base_model.model.{module}.lora_{x}.weight"] for x in "AB")
+            used += 2
+            patterns = (raw.get("alpha_pattern") or {}).items()
+            fits = [alpha for key, alpha in patterns if re.match(rf"(.*\.)?({key})$", module)]
+            alpha = (*fits, raw["lora_alpha"])[0]
+            scale = alpha / (len(a) ** 0.5 if raw.get("use_rslora") else len(a))
+            wanted = scale * (b.astype(np.float64) @ a.astype(np.float64)).T
+            error = np.abs(deltas[position] - wanted).max()
+            assert error <= 1e-5 * np.abs(wanted).max(), (module, error)
+    assert used == len(stored)
+
+
+# ---- Adapters of llama.cpp
+
+_LLAMA = _config(num_layers=3)
+
+
+def _adapter_gguf(config: Any, layers: tuple[int, ...] | None = None) -> Callable[[Path], Any]:
+    depth = 3 if layers is None else len(layers)
+    shapes = {name: _LLAMA.site_shapes()[name][1:] for name in ("q_proj", "down_proj")}
+    sites = {name: SiteShape(depth, *widths, layers) for name, widths in shapes.items()}
+    factors = randomised(create_adapter(config, sites, jax.random.key(0))).factors()
+    return lambda folder: write_adapter_gguf(folder / "adapter.gguf", factors, _LLAMA)
+
+
+def _check_adapter_gguf(folder: Path, factors: Any) -> None:
+    other = gguf.GGUFReader(folder / "adapter.gguf")
+    stored = {
+        tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type).reshape(tensor.shape[::-1])
+        for tensor in other.tensors
+    }
+    field = other.fields.get("adapter.lora.alpha")
+    alpha = field.contents() if field else 0.0
+    used = set()
+    for site, factor in factors.items():
+        source = gguf_reader.tensor_names(_LLAMA)[f"blocks/{site}"]
+        for position, layer in enumerate(factor.layers or range(3)):
+            names = [f"{source.format(layer)}.lora_{part}" for part in "ab"]
+            used |= set(names)
+            a, b = (stored[name] for name in names)
+            if site == "q_proj":
+                b = _in_halves(b, _LLAMA.num_heads)
+            rank = len(a)
+            same(names[0], factor.a[position, :rank], a)
+            same(names[1], factor.b[position, :rank], b.T)
+            scale = np.float32(alpha) / np.float32(rank) if alpha else 1.0
+            same(f"scale of {site}", factor.scale[position], scale)
+    assert used == set(stored)
+
+
+# ---- Whole bases: config, tokenizer and weights, onto the device
+
+
+def _base_folder(**options: Any) -> Callable[[Path], Any]:
+    config = _config(vocab_size=260, num_layers=1, d_model=64, head_dim=32)
+
+    def write(folder: Path) -> None:
+        write_folder(folder, config, tiny_weights(config), **options)
+        _write_tokenizer(folder)
+
+    return write
+
+
+def _read_base(folder: Path) -> Base:
+    file = folder / "model.gguf"
+    scheme = next((name for name in ("int8", "nf4") if folder.name.startswith(name)), None)
+    return load_base(file if folder.name.endswith("gguf") else folder, quantize=scheme)
+
+
+def _check_base(folder: Path, base: Base) -> None:
+    """Weights as the reader of the format has them, quantised ones to half a step."""
+    read = _read_gguf if folder.name.endswith("gguf") else _read_folder
+    check = _check_gguf if folder.name.endswith("gguf") else _check_folder
+    config, weights = read(folder)
+    check(folder, (config, weights))
+    assert base.config.architecture() == config.architecture()
+    step = {None: 0.0, "int8": 0.51 / 127, "nf4": 0.16}[base.quantization]
+    for name, weight in weights.items():
+        found = np.asarray(base.model.weight(name), np.float32)
+        site = name.startswith("blocks/") and name.endswith("_proj")
+        largest = np.abs(weight).max() if site else 0.0
+        assert np.abs(found - weight).max() <= step * largest, name
+
+
+# ---- What lies at a path
+
+
+def _read_detect(folder: Path) -> Any:
+    files = [folder / name for name in ("model.gguf", "adapter.gguf")]
+    found = [file for file in files if os.path.lexists(file)]
+    return detect(found[0] if found and not (folder / "config.json").exists() else folder)
+
+
+def _check_detect(folder: Path, found: Any) -> None:
+    assert found.description.isprintable()
+    json.dumps(dict(found.details))
+
+
 _SAFETENSORS = (
     (mutate_safetensors,) * 3 + (mutate_json,) * 3 + (mutate_bytes,) * 2 + (mutate_files,)
 )
 _GGUF = (mutate_gguf,) * 5 + (mutate_bytes,) * 3 + (mutate_files,)
 _WORDS = (mutate_json,) * 5 + (mutate_bytes,) * 3 + (mutate_files,)
-_VOCABULARY = {"num_layers": 1, "vocab_size": 260}
+_VOCABULARY = {"num_layers": 1, "vocab_size": 260, "d_model": 64, "head_dim": 32}
+# Rows of whole blocks of 256.
+_WIDE = {"num_layers": 1, "d_model": 256, "d_ff": 256, "num_heads": 4, "head_dim": 64}
 
 TARGETS: dict[str, Target] = {
     "gguf": Target(
@@ -379,6 +559,10 @@ TARGETS: dict[str, Target] = {
             "Q4_1": _gguf("Q4_1", {"tied_embeddings": False}),
             "F16": _gguf("F16", {"num_layers": 1}, fields={"general.file_type": 1}),
             "BF16": _gguf("BF16", {"num_layers": 1}),
+            "Q4_K": _gguf("Q4_K", _WIDE),
+            "llama3": _gguf_of(_small("llama", rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192))),
+            "qwen2": _gguf_of(_small("qwen2", window=None, windowed_layers=None)),
+            "gemma3": _gguf_of(_small("gemma3", query_scale=None, embed_scale=32**0.5)),
         },
         _read_gguf,
         _check_gguf,
@@ -389,6 +573,9 @@ TARGETS: dict[str, Target] = {
             "single": _folder({}),
             "half": _folder({"tied_embeddings": False}, dtype="bfloat16"),
             "sharded": _folder({}, shards=3, dtype="float16"),
+            "mistral": _folder_of(_small("mistral")),
+            "qwen3": _folder_of(_small("qwen3")),
+            "gemma3": _folder_of(_small("gemma3", embed_scale=32**0.5)),
         },
         _read_folder,
         _check_folder,
@@ -429,5 +616,48 @@ TARGETS: dict[str, Target] = {
         _read_peft,
         _check_peft,
         _SAFETENSORS,
+    ),
+    "import-peft": Target(
+        {
+            "lora": _peft_of("LORA", rank_pattern={"q_proj": 2}),
+            "vera": _peft_of("VERA"),
+            "vb_lora": _peft_of("VBLORA"),
+            "uni_lora": _peft_of("UNILORA"),
+        },
+        _read_import,
+        _check_import,
+        _SAFETENSORS,
+    ),
+    "adapter-gguf": Target(
+        {
+            "lora": _adapter_gguf(LoRAConfig(rank=2, alpha=4.0)),
+            "some": _adapter_gguf(LoRAConfig(rank=3), (0, 2)),
+        },
+        lambda folder: read_adapter_gguf(folder / "adapter.gguf", _LLAMA),
+        _check_adapter_gguf,
+        _GGUF,
+    ),
+    "base": Target(
+        {
+            "folder": _base_folder(),
+            "int8 sharded": _base_folder(shards=2, dtype="bfloat16"),
+            "nf4 gguf": _gguf("F16", _VOCABULARY, vocabulary=True),
+            "gguf": _gguf("Q8_0", _VOCABULARY, vocabulary=True),
+        },
+        _read_base,
+        _check_base,
+        (*_SAFETENSORS, mutate_gguf, mutate_gguf),
+    ),
+    "detect": Target(
+        {
+            "folder": _folder({"num_layers": 1}),
+            "model": _gguf("F32", {"num_layers": 1}),
+            "adapter": _adapter(LoRAConfig(rank=2)),
+            "peft": _peft_of("VERA"),
+            "llama.cpp": _adapter_gguf(LoRAConfig(rank=2)),
+        },
+        _read_detect,
+        _check_detect,
+        (*_WORDS, mutate_gguf, mutate_gguf),
     ),
 }
