@@ -19,6 +19,8 @@ from mos_jax.errors import InputError
 MAX_TEXT_BYTES = 1 << 27
 PICKLE_SUFFIXES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 _INT_MIN, _INT_MAX = -(1 << 63), (1 << 64) - 1
+# What transformers writes as `model_max_length` of a tokenizer without one.
+_NO_LIMIT = str(int(1e30))
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -69,8 +71,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
     Raises:
         InputError: As `read_text`; it is not valid JSON, nests too deeply, is no object, has a key
-            twice in one object, a whole number beyond 64 bits, or half of a surrogate pair. Of the
-            last three, readers of JSON make different things.
+            twice in one object, a whole number beyond 64 bits (transformers' for "no limit" is
+            let through), or half of a surrogate pair. Of the last three, readers of JSON make
+            different things.
     """
     text = read_text(path)
     try:
@@ -94,6 +97,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _bounded(digits: str) -> int:
+    if digits == _NO_LIMIT:
+        return int(digits)
     if len(digits) > 20 or not _INT_MIN <= int(digits) <= _INT_MAX:
         raise ValueError(f"the number {digits:.24}... has more than 64 bits")
     return int(digits)

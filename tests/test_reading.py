@@ -1,3 +1,4 @@
+import json
 import os
 import sys
 
@@ -113,3 +114,9 @@ def test_a_pickle_is_never_opened_and_the_message_says_how_to_convert_it(tmp_pat
     assert str(pickled) not in _OPENED
     assert pickled.read_bytes()
     assert str(pickled) in _OPENED  # the hook would have seen it
+
+
+def test_a_tokenizer_without_a_longest_text_is_read(tmp_path):
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps({"model_max_length": int(1e30)}))
+    assert read_json(path) == {"model_max_length": int(1e30)}
