@@ -8,16 +8,19 @@ import numpy as np
 import pytest
 
 from mos_jax import Sampling, generate
+from mos_jax.interop.peft import export_peft
 from mos_jax.models import huggingface
 from mos_jax.models.config import FAMILIES
 from mos_jax.models.decoder import Decoder
 from mos_jax.models.huggingface_config import config_to_huggingface
 from mos_jax.models.tiny import tiny_weights
+from tests.models.fixtures_decoder import MOS, filled_adapter
 from tests.models.fixtures_families import WINDOW, family_config
 from tests.models.fixtures_models import write_folder
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
 pytestmark = [
     pytest.mark.parity,
     pytest.mark.filterwarnings("ignore"),  # those of the other libraries
@@ -123,8 +126,8 @@ def load(folder):
 
 
 @jax.jit
-def logits_of(decoder, tokens, positions, segments):
-    return decoder(tokens, positions=positions, segments=segments)
+def logits_of(decoder, tokens, positions, segments, factors=None):
+    return decoder(tokens, factors, positions=positions, segments=segments)
 
 
 def batch():
@@ -146,14 +149,16 @@ def their_logits(model, tokens, real, positions):
         ).logits.numpy()
 
 
-def assert_same_logits(decoder, model):
+def assert_same_logits(decoder, model, factors=None):
     tokens, real, positions = batch()
     want = their_logits(model, tokens, real, positions)
-    got = np.asarray(logits_of(decoder, tokens, positions, real))
+    got = np.asarray(logits_of(decoder, tokens, positions, real, factors))
     assert np.abs(want[real > 0]).max() > 1
     # They differ by less than 1e-5. The two forms of GELU differ by 9e-4 here.
     np.testing.assert_allclose(got[real > 0], want[real > 0], atol=1e-4)
-    np.testing.assert_allclose(got[:1], logits_of(decoder, tokens[:1], None, None), atol=1e-4)
+    np.testing.assert_allclose(
+        got[:1], logits_of(decoder, tokens[:1], None, None, factors), atol=1e-4
+    )
 
 
 def test_logits_agree_with_and_without_padding(saved):
@@ -194,10 +199,18 @@ def test_a_written_config_builds_the_same_model(saved, tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_folder_written_here_is_read_by_transformers(family, tmp_path):
+    """Bare, and with an adapter that PEFT loads onto it."""
     config = family_config(family)
     folder = write_folder(tmp_path / family, config, tiny_weights(config))
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    assert_same_logits(load(folder), model)
+    decoder = load(folder)
+    assert_same_logits(decoder, model)
+    factors = filled_adapter(decoder.sites, MOS).factors()
+    exported = export_peft(
+        tmp_path / "adapter", factors, base_name=str(folder), num_layers=config.num_layers
+    )
+    adapted = peft.PeftModel.from_pretrained(model, exported).eval()
+    assert_same_logits(decoder, adapted, factors)
 
 
 def test_the_language_model_of_a_gemma_with_an_image_encoder(tmp_path):
