@@ -20,6 +20,9 @@ from mos_jax.adapters.uni_lora import UniLoRAConfig
 from mos_jax.adapters.vb_lora import VBLoRAConfig
 from mos_jax.adapters.vera import VeRAConfig
 from mos_jax.errors import InputError
+from mos_jax.interop.adapter_gguf import read_adapter_gguf, write_adapter_gguf
+from mos_jax.interop.huggingface_out import write_model
+from mos_jax.interop.merged import merge
 from mos_jax.interop.peft import export_peft
 from mos_jax.interop.peft_import import import_peft
 from mos_jax.interop.peft_native import export_native
@@ -56,6 +59,10 @@ __all__ = [
     "import_peft",
     "load_adapter",
     "load_base",
+    "merge",
+    "read_adapter_gguf",
     "save_adapter",
     "select_sites",
+    "write_adapter_gguf",
+    "write_model",
 ]

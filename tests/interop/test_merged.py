@@ -10,6 +10,7 @@ from mos_jax.adapters.low_rank import LowRank
 from mos_jax.adapters.sites import select_sites
 from mos_jax.errors import InputError
 from mos_jax.interop.check import largest_difference, probe_logits, probe_tokens
+from mos_jax.interop.huggingface_out import write_model
 from mos_jax.interop.merged import merge
 from mos_jax.models.base import Base, load_base
 from mos_jax.models.decoder import Decoder
@@ -207,3 +208,26 @@ def test_the_merged_base_generates_and_trains_like_any_other():
     loss = jax.jit(jax.grad(lambda x: jnp.sum(merged.model.transform(x).astype(jnp.float32) ** 2)))
     assert np.isfinite(loss(merged.model.embed[...][tokens])).all()
     assert merged.tokenizer is base.tokenizer
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_base_on_several_devices_merges_to_the_same_weights(tmp_path, keep):
+    devices = jax.sharding.Mesh(np.asarray(jax.devices()[:4]), ("x",))
+
+    def place(name, shape):
+        split = jax.sharding.PartitionSpec(*(None,) * (len(shape) - 1), "x")
+        whole = jax.sharding.PartitionSpec()
+        return jax.sharding.NamedSharding(devices, split if len(shape) > 2 else whole)
+
+    alone, spread = load_base("tiny-random"), load_base("tiny-random", shardings=place)
+    spread_to = {name: array.sharding for name, array in spread.model.weights.items()}
+    factors = filled_adapter(alone.sites).factors()
+    want, got = merge(alone, factors), merge(spread, factors, keep=keep)
+    for name, array in got.base.model.weights.items():
+        np.testing.assert_allclose(array, want.base.model.weights[name], atol=1e-6)
+        # Each device still has its slice only.
+        assert array.sharding.is_equivalent_to(spread_to[name], array.ndim), name
+    assert got.difference < 1e-4
+    write_model(tmp_path / "m", got.base)
+    for name, array in load_base(tmp_path / "m").model.weights.items():
+        assert bits(array) == bits(got.base.model.weights[name]), name
