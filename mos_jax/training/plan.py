@@ -16,10 +16,11 @@ def plan(config: RunConfig) -> dict[str, Any]:
     """Builds everything, compiles the step, and runs nothing.
 
     Returns:
-      `base`: its name, dtype and quantisation; `sites`: by site type its L, d_in, d_out, rank and
-      trained parameters; `shared`, the trained parameters that belong to no single site type;
-      `budget`, see `Session.budget`; `bytes` of base, adapter (with its frozen part), optimizer,
-      batch and activations (the compiled step's temporaries); `data`, see `Data.report`.
+      `base`: its name, dtype and quantisation; `sites`: by site type its L, d_in, d_out, `ranks`
+      by block, largest rank and trained parameters; `shared`, the trained parameters that belong
+      to no single site type; `budget`, see `Session.budget`; `bytes` of base, adapter (with its
+      frozen part), optimizer, batch and activations (the compiled step's temporaries); `data`, see
+      `Data.report`.
 
     Raises:
       InputError: as for training.
@@ -45,6 +46,7 @@ def plan(config: RunConfig) -> dict[str, Any]:
                 "d_in": site.d_in,
                 "d_out": site.d_out,
                 "rank": factors[name].rank,
+                "ranks": list(factors[name].ranks or [factors[name].rank] * site.num_layers),
                 "trained": counts[name],
             }
             for name, site in adapter.sites.items()
@@ -70,8 +72,10 @@ def print_plan(config: RunConfig, console: Console) -> None:
     for column in table.columns[1:]:
         column.justify = "right"
     for name, site in found["sites"].items():
-        numbers = (site[key] for key in ("layers", "d_in", "d_out", "rank"))
-        table.add_row(name, *map(str, numbers), f"{site['trained']:,}")
+        low, high = min(site["ranks"]), max(site["ranks"])
+        rank = f"{low}" if low == high else f"{low} to {high}"
+        numbers = (str(site[key]) for key in ("layers", "d_in", "d_out"))
+        table.add_row(name, *numbers, rank, f"{site['trained']:,}")
     if found["shared"]:
         table.add_row("shared by several", "", "", "", "", f"{found['shared']:,}")
     budget = found["budget"]

@@ -96,9 +96,9 @@ class Session:
         """Trained parameters of this adapter, and of LoRA at the same rank and budget.
 
         Returns:
-          `trained`, and the active `rank`; `lora_same_rank`, the parameters of LoRA of that rank;
-          `lora_same_budget_rank`, the largest rank at which LoRA trains no more than the adapter,
-          and `lora_same_budget`, its parameters.
+          `trained`, and the active `rank`, the largest; `lora_same_rank`, the parameters of LoRA of
+          that rank; `lora_same_budget_rank`, the largest rank at which LoRA trains no more than
+          the adapter, and `lora_same_budget`, its parameters.
         """
         sites = self.adapter.sites
         trained = self.adapter.count_trained()

@@ -3,6 +3,7 @@
 import functools
 import math
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from mos_jax.adapters.budget import fit
 from mos_jax.adapters.lora import LoRAConfig
-from mos_jax.adapters.methods import count_parameters, create_adapter, make_config
+from mos_jax.adapters.methods import METHODS, count_parameters, create_adapter, make_config
 from mos_jax.adapters.patterns import Pattern, by_block
 from mos_jax.adapters.sites import SITE_TYPES, SiteShape
 from mos_jax.errors import InputError
@@ -267,3 +268,26 @@ class TestBudget:
     def test_a_pattern_that_leaves_nothing_to_fit_is_refused(self):
         with pytest.raises(InputError, match=r"budget: rank decides nothing .*rank_pattern"):
             fit("lora", SITES, 700, rank_pattern={".*": 1})
+
+
+class TestPage:
+    """docs/patterns.md says what is so."""
+
+    PAGE = (Path(__file__).parents[2] / "docs/patterns.md").read_text(encoding="utf-8")
+
+    def test_its_code_runs(self):
+        blocks = re.findall(r"^```python\n(.*?)^```", self.PAGE, re.MULTILINE | re.DOTALL)
+        assert len(blocks) == 5
+        exec("\n".join(blocks), {})
+
+    def test_its_table_names_every_method_and_what_it_refuses(self):
+        rows = re.findall(r"^\| `(\w+)` \| .* \| (\w+).* \| (\w+).* \|$", self.PAGE, re.MULTILINE)
+        assert [name for name, *_ in rows] == [
+            "lora",
+            "mos",
+            *sorted(set(METHODS) - {"lora", "mos"}),
+        ]
+        for name, *takes in rows:
+            refused = METHODS[name].no_pattern
+            fields = ("rank_pattern", "alpha_pattern")
+            assert takes == ["no" if field in refused else "yes" for field in fields]

@@ -131,10 +131,18 @@ def test_own_data_trains_from_a_small_file(tmp_path):
 
 def test_dry_run_prints_parameters_and_memory_and_writes_nothing(tmp_path):
     workdir = tmp_path / "run"
-    done = call("train", "--config=configs/smoke.py", f"--workdir={workdir}", "--dry_run")
+    patterns = '--config.adapter.rank_pattern={"0.self_attn.q_proj": 2}'
+    done = call("train", "--config=configs/smoke.py", f"--workdir={workdir}", "--dry_run", patterns)
     for words in ("q_proj", "down_proj", "4,096", "base", "optimizer", "activations", "padding"):
         assert words in done.stdout, words
+    ranks = {line.split("│")[1].strip(): line.split("│")[5].strip() for line in _rows(done.stdout)}
+    assert (ranks["q_proj"], ranks["down_proj"]) == ("2 to 3", "3")
     assert not workdir.exists()
+
+
+def _rows(text):
+    """The lines of a table that are about a site type."""
+    return [line for line in text.splitlines() if "_proj" in line]
 
 
 SMOKE = ("--config=configs/smoke.py", "--workdir=runs/never")
@@ -152,6 +160,7 @@ SMOKE = ("--config=configs/smoke.py", "--workdir=runs/never")
         ("train", (*SMOKE, "--config.data.task=family"), "family_relationships"),
         ("train", (*SMOKE, "--config.sites.include=qproj"), "did you mean 'q_proj'"),
         ("train", (*SMOKE, "--config.adapter.rank=99"), "rank=99"),
+        ("train", (*SMOKE, "--config.adapter.rank_pattern=q=9"), "must be a JSON object"),
         ("train", (*SMOKE, "--config.adapter.shards_per_vector=7"), "shards_per_vector=7"),
         ("train", (*SMOKE, "--config.adapter.private_rank=3"), "private_rank=3"),
         ("evaluate", (), "--adapter is missing"),
