@@ -221,6 +221,11 @@ def test_dense_takes_both_forms():
     assert jnp.array_equal(dense(x, jnp.asarray(weight)), x @ weight)
     gradient = jax.grad(lambda x: dense(x, Frozen(packed)[...]).sum())(x)
     assert jnp.allclose(gradient, dequantize(packed, x.dtype).sum(1)[None], rtol=1e-5, atol=1e-5)
+    # As in a step of stacked runs: tokens have an axis of runs, the base has none.
+    runs = jnp.stack([x, 2 * x])
+    several = jax.vmap(jax.grad(lambda x: (dense(x, packed) ** 2).sum()))(runs)
+    alone = jax.grad(lambda x: (dense(x, packed) ** 2).sum())(x)
+    assert jnp.allclose(several, jnp.stack([alone, 2 * alone]), rtol=1e-4, atol=1e-3)
 
 
 def test_refusals_say_the_numbers(monkeypatch):
