@@ -200,7 +200,10 @@ class Adapter(nnx.Module):
         return counts
 
     def padded_rows(self, part: str, name: str) -> int:
-        """How many rows of the trained array `part/name`, [L, r, ...], no block has; 0 at first."""
+        """Rows of the trained array `part/name`, [L, r, ...], beyond the ranks of the L blocks.
+
+        They are counted over all blocks; 0 for an array of another form.
+        """
         return 0
 
     def count_served(self) -> int:

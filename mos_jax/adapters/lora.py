@@ -57,18 +57,14 @@ class LoRAConfig(AdapterConfig):
         require_bool("lora", "rslora", self.rslora)
         require_positive("lora", "b_rate_ratio", self.b_rate_ratio)
 
-    @property
-    def scale(self) -> float:
-        """The scale s in y = x W + s (x A^T) B of a site that no pattern names."""
-        return self._scale(self.alpha, self.rank)
-
-    def _scale(self, alpha: float, rank: int) -> float:
-        return alpha / (math.sqrt(rank) if self.rslora else rank)
-
     def site_scales(self, sites: Sites) -> dict[str, tuple[float, ...]]:
-        """See base class."""
+        """See base class: the scale s in y = x W + s (x A^T) B."""
         ranks, alphas = self.site_ranks(sites), self.site_alphas(sites)
-        return {name: tuple(map(self._scale, alphas[name], ranks[name])) for name in ranks}
+
+        def scale(alpha: float, rank: int) -> float:
+            return alpha / (math.sqrt(rank) if self.rslora else rank)
+
+        return {name: tuple(map(scale, alphas[name], ranks[name])) for name in ranks}
 
     def rate_ratios(self) -> Mapping[str, float]:
         """See base class."""

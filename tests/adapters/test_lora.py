@@ -53,7 +53,7 @@ def test_blocks_and_types_start_apart():
 def test_the_scale_is_alpha_over_the_rank_or_over_its_root(rank, alpha):
     for rslora, scale in ((False, alpha / rank), (True, alpha / math.sqrt(rank))):
         config = LoRAConfig(rank, alpha, rslora)
-        assert config.scale == pytest.approx(scale)
+        assert config.site_scales(SITES)["q_proj"] == pytest.approx((scale,) * 3)
         adapter = build(config, {"q_proj": SiteShape(2, 4, 4)})
         np.testing.assert_allclose(adapter.factors()["q_proj"].scale, [scale] * 2, rtol=1e-6)
         np.testing.assert_allclose(adapter.factors(1)["q_proj"].scale, scale, rtol=1e-6)

@@ -1,6 +1,7 @@
 """Ranks and alphas that differ by site: who gets what, and what no method may do with it."""
 
 import functools
+import json
 import math
 import re
 from pathlib import Path
@@ -18,7 +19,8 @@ from mos_jax.adapters.budget import fit
 from mos_jax.adapters.lora import LoRAConfig
 from mos_jax.adapters.methods import METHODS, count_parameters, create_adapter, make_config
 from mos_jax.adapters.patterns import Pattern, by_block
-from mos_jax.adapters.sites import SITE_TYPES, SiteShape
+from mos_jax.adapters.sites import SITE_TYPES, SiteShape, select_sites
+from mos_jax.adapters.storage import CARD_FILE, load_adapter, save_adapter
 from mos_jax.errors import InputError
 from tests.adapters.fixtures_adapters import (
     SITES,
@@ -28,6 +30,7 @@ from tests.adapters.fixtures_adapters import (
     split_trained,
     trained_arrays,
 )
+from tests.models.fixtures_decoder import filled_adapter, tiny_decoder, tokens_of
 
 KEY = jax.random.key(0)
 ALL = {name: SiteShape(3, 8, 8) for name in SITE_TYPES}
@@ -255,6 +258,37 @@ class TestLoRA:
                 have = gradients[part]["q_proj"][k]
                 np.testing.assert_allclose(have[:r], alone[part]["q_proj"][0], rtol=1e-5, atol=1e-6)
                 assert not np.any(have[r:])
+
+
+class TestFactors:
+    def test_ranks_stay_with_factors_of_all_blocks_until_a_model_takes_them(self):
+        some = LoRAConfig(rank=3, rank_pattern={"0.self_attn.q_proj": 1})
+        f = create_adapter(some, SOME_LAYERS, KEY).factors()["q_proj"]
+        assert f.ranks == (1, 3, 3)
+        assert (-f).ranks == f.scaled(2.0).ranks == f.ranks
+        assert f.for_all_layers(5).ranks is None
+        whole = create_adapter(LORA, SITES, KEY).factors()["q_proj"]
+        assert whole.for_all_layers(3).ranks is None
+        assert create_adapter(LORA, SITES, KEY).factors(1)["q_proj"].ranks is None
+
+    def test_a_base_takes_them_for_all_blocks_or_one_by_one(self):
+        """With types in blocks of their own."""
+        base = tiny_decoder()
+        names = ["1.self_attn.q_proj", "down_proj", r"layers\.0\..*v_proj"]
+        config = LoRAConfig(2, rank_pattern={"0.*": 3, "q_proj": 1}, alpha_pattern={"1.*": 3.0})
+        adapter = filled_adapter(select_sites(base.sites, names), config)
+        tokens = tokens_of(base, rows=1, length=5)
+        logits = base(tokens, adapter.factors())
+        assert np.abs(logits - base(tokens)).max() > 0.01
+        np.testing.assert_allclose(base(tokens, adapter.factors), logits, rtol=1e-5, atol=1e-5)
+
+    def test_a_card_from_before_there_were_patterns_is_read(self, tmp_path):
+        adapter = randomised(create_adapter(LoRAConfig(rank=2), SITES, KEY))
+        card = save_adapter(tmp_path / "old", adapter) / CARD_FILE
+        raw = json.loads(card.read_text())
+        assert raw["config"].pop("rank_pattern") == raw["config"].pop("alpha_pattern") == {}
+        card.write_text(json.dumps(raw))
+        assert load_adapter(tmp_path / "old").config == LoRAConfig(rank=2)
 
 
 class TestBudget:

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 from fractions import Fraction
@@ -236,6 +237,43 @@ class TestExport:
                 **{"base_name": "b", "num_layers": 3, **options},
             )
         assert not any(tmp_path.iterdir())
+
+
+class TestRanks:
+    """Of factors whose blocks differ in rank, the rows that are real are written."""
+
+    def padded(self, ranks=(2, 1, 2)):
+        factors = low_rank()
+        a, b = (np.asarray(part).copy() for part in (factors.a, factors.b))
+        a[1, 1] = b[1, 1] = 0
+        return dataclasses.replace(factors, a=jnp.asarray(a), b=jnp.asarray(b), ranks=ranks)
+
+    def test_they_come_back_as_they_were(self, tmp_path):
+        export(tmp_path / "x", {"q_proj": self.padded()})
+        arrays = load_file(tmp_path / "x" / "adapter_model.safetensors")
+        shapes = [
+            arrays[f"base_model.model.model.layers.{k}.self_attn.q_proj.lora_A.weight"].shape
+            for k in range(3)
+        ]
+        assert shapes == [(2, 8), (1, 8), (2, 8)]
+        assert config_of(tmp_path / "x")["rank_pattern"] == {"layers.1.self_attn.q_proj": 1}
+        read = read_peft_factors(tmp_path / "x", {"q_proj": SiteShape(3, 8, 8)})
+        assert_same(read, {"q_proj": self.padded()})
+        assert read["q_proj"].ranks == (2, 1, 2)
+
+    @pytest.mark.parametrize(
+        ("ranks", "words"),
+        [
+            ((2, 1), r"have the ranks \[2, 1\]; 3 blocks of rank 1 to 2 are there"),
+            ((2, 0, 2), r"have the ranks \[2, 0, 2\]"),
+            ((2, 3, 2), r"have the ranks \[2, 3, 2\]"),
+            ((1, 1, 2), "entry 0 has rank 1, but a row beyond it is not 0"),
+        ],
+    )
+    def test_ranks_that_the_rows_contradict_are_refused(self, tmp_path, ranks, words):
+        with pytest.raises(InputError, match=f"factors of 'q_proj'.*{words}"):
+            export(tmp_path / "x", {"q_proj": self.padded(ranks)})
+        assert not (tmp_path / "x").exists()
 
 
 class TestCard:
