@@ -178,6 +178,10 @@ def _read_slice(
     """Reads one slice of a weight onto the devices that hold it: its stored arrays by device."""
     size = tuple(stop - start for start, stop in bounds)
     held: dict[Any, list[jax.Array]] = {}
+    whole = True
+    # Into a bfloat16 array on a CPU, XLA writes a part by going through all of the array. There the
+    # bits are written as integers, and called bfloat16 in the end.
+    bits = scheme is None and dtype == jnp.bfloat16 and all(map(_is_cpu, devices))
     for local in parts(size, reader.long_axis):
         index = tuple(
             slice(start + axis.start, start + axis.stop)
@@ -186,10 +190,13 @@ def _read_slice(
         part = reader.read(index, dtype if scheme is None else np.dtype(np.float32))
         if observe is not None:
             observe(index, part)
+        whole = part.shape == size
+        if bits and not whole:
+            part = part.view(np.uint16)
         for device in devices:
             moved = jnp.asarray(part) if device is None else jax.device_put(part, device)
             pieces = [moved] if scheme is None else scheme.encode(moved)
-            if part.shape == size:
+            if whole:
                 held[device] = list(pieces)
                 continue
             if device not in held:
@@ -203,6 +210,8 @@ def _read_slice(
             ]
         # Otherwise parts pile up before a device that is slower than the file.
         jax.block_until_ready(list(held.values()))
+    if bits and not whole:
+        return {device: [_from_bits(array, device)] for device, (array,) in held.items()}
     return held
 
 
@@ -216,6 +225,15 @@ def _divided(index: Index, rows: int) -> tuple[int, ...]:
 
 def _divided_shape(shape: tuple[int, ...], rows: int) -> tuple[int, ...]:
     return shape if rows == 1 else (*shape[:-2], shape[-2] // rows, shape[-1])
+
+
+def _is_cpu(device: Any) -> bool:
+    return (jax.default_backend() if device is None else device.platform) == "cpu"
+
+
+def _from_bits(array: jax.Array, device: Any) -> jax.Array:
+    """The same memory as bfloat16."""
+    return jax.device_put(np.asarray(array).view(jnp.bfloat16), device, may_alias=True)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
