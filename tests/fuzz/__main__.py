@@ -29,19 +29,19 @@ def main() -> int:
         start = time.monotonic()
         return run(name, options.seed, 0, options.cases - 1), time.monotonic() - start
 
-    with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
-        results = dict(zip(formats, pool.map(timed, formats), strict=True))
-    for summary, _ in results.values():
-        for finding in summary.findings:
-            print(finding, end="\n\n")
     head = "format cases read refused raised died findings messages traced resident seconds".split()
-    print(f"| {' | '.join(head)} |\n|{' --- |' * len(head)}")
-    for name, (summary, seconds) in results.items():
-        counts = [summary.counts[word] for word in ("read", "refused", "raised", "died")]
-        cells = [name, sum(counts), *counts, len(summary.findings), len(summary.messages)]
-        cells += [f"{max(x, 0) / 2**20:.1f} MiB" for x in (summary.traced, summary.resident)]
-        print(f"| {' | '.join(map(str, [*cells, round(seconds)]))} |")
-    return int(any(summary.findings for summary, _ in results.values()))
+    print(f"| {' | '.join(head)} |\n|{' --- |' * len(head)}", flush=True)
+    findings: list[str] = []
+    with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+        for name, (summary, seconds) in zip(formats, pool.map(timed, formats), strict=True):
+            counts = [summary.counts[word] for word in ("read", "refused", "raised", "died")]
+            cells = [name, sum(counts), *counts, len(summary.findings), len(summary.messages)]
+            cells += [f"{max(x, 0) / 2**20:.1f} MiB" for x in (summary.traced, summary.resident)]
+            print(f"| {' | '.join(map(str, [*cells, round(seconds)]))} |", flush=True)
+            findings += summary.findings
+    for finding in findings:
+        print(f"\n{finding}")
+    return int(bool(findings))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ class Summary:
         traced: Largest peak of what Python and NumPy allocated, in bytes beyond the files' size.
         resident: The same of the whole process.
         messages: How many different refusals there were, numbers left out.
-        mutations: Cases by the first words of what was done.
+        results: All that the worker said of each case.
     """
 
     counts: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
@@ -34,6 +34,7 @@ class Summary:
     traced: int = 0
     resident: int = 0
     messages: set[str] = dataclasses.field(default_factory=set)
+    results: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     def add(self, name: str, seed: str, result: dict[str, Any]) -> None:
         self.counts[result["outcome"]] += 1
@@ -41,6 +42,7 @@ class Summary:
         self.resident = max(self.resident, result.get("resident", 0) - result.get("size", 0))
         words = [w for w in result.get("message", "").split() if w.isalpha()]
         self.messages.add(" ".join(words[:12]))
+        self.results.append(result)
         if result["findings"]:
             case = result["case"]
             lines = [

@@ -288,6 +288,8 @@ def mutate_gguf(rng: random.Random, folder: Path) -> str:
         parts = GGUFParts(raw)
     except (ValueError, KeyError, struct.error):
         return mutate_bytes(rng, folder)
+    if not parts.fields or not parts.tensors:
+        return mutate_bytes(rng, folder)
     # Everything before the data, in one place, so that lengths may change; the padding is redone.
     head, data = bytearray(raw[: parts.at]), raw[parts.data :]
     action = choose(

@@ -42,31 +42,13 @@ from mos_jax.models.config import DecoderConfig, RopeScaling
 from mos_jax.models.tiny import tiny_config, tiny_weights
 from mos_jax.models.tokenizer import CHATML, Tokenizer
 from tests.adapters.fixtures_adapters import randomised
-from tests.fuzz.mutations import Mutation, mutate_bytes, mutate_files, mutate_json
+from tests.fuzz.mutations import mutate_bytes, mutate_files, mutate_json
 from tests.fuzz.structured import mutate_gguf, mutate_safetensors, split_safetensors
+from tests.fuzz.target import Target
 from tests.interop.fixtures_folders import SITES as PEFT_SITES
 from tests.interop.fixtures_folders import write_peft
 from tests.models.fixtures_families import family_config
 from tests.models.fixtures_models import write_folder, write_gguf
-
-
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """A reader and what it is tried on.
-
-    Attributes:
-        variants: By name, what writes good files into an empty folder.
-        read: Reads the folder; InputError is a refusal.
-        check: Asserts that what was read is what the files say.
-        mutations: What is done to the files, those named more often more often.
-        seal: Mends a checksum after the mutations, as a forger would.
-    """
-
-    variants: Mapping[str, Callable[[Path], Any]]
-    read: Callable[[Path], Any]
-    check: Callable[[Path, Any], None]
-    mutations: tuple[Mutation, ...]
-    seal: Callable[[Path], None] | None = None
 
 
 def _config(**changes: Any) -> DecoderConfig:

@@ -19,6 +19,7 @@ import argparse
 import ctypes
 import faulthandler
 import gc
+import importlib
 import json
 import os
 import random
@@ -35,9 +36,9 @@ from safetensors.numpy import save_file
 
 from mos_jax.errors import InputError
 from tests.fuzz.mutations import OUTSIDE, a_torch_file, clear
-from tests.fuzz.targets import TARGETS, Target
+from tests.fuzz.target import Target
 
-SECONDS = 10
+SECONDS = int(os.environ.get("FUZZ_SECONDS", "10"))
 # Beyond the bytes of the files. tracemalloc counts the arrays that a good file is read into, the
 # parsed header and the traces of errors; the process also has what allocators keep.
 TRACED_CONSTANT = 4 << 20
@@ -164,11 +165,17 @@ def case_mutations(target: Target, seed: str) -> tuple[str, list[tuple[int, int]
     return variant, chosen
 
 
+def find_target(name: str) -> Target:
+    """The target of this name; "module:name" is one of another module's `TARGETS`."""
+    module, _, name = name.rpartition(":")
+    return importlib.import_module(module or "tests.fuzz.targets").TARGETS[name]
+
+
 class Bench:
     """One target with its good files in memory and a folder in which copies are damaged."""
 
     def __init__(self, name: str, root: Path, watch: Watch, folder: Path):
-        self.target, self.watch, self.folder = TARGETS[name], watch, folder
+        self.target, self.watch, self.folder = find_target(name), watch, folder
         self.scratch = (root / "temporary", root / "current")
         self.case = -1
         self.good: dict[str, dict[str, bytes]] = {}
@@ -270,6 +277,7 @@ def main() -> None:
     (outside / "secret").write_bytes(a_torch_file(folder))
     (outside / "secret.bin").write_bytes(a_torch_file(folder))
     os.environ["TMPDIR"] = str(root / "temporary")
+    faulthandler.enable()
     os.chdir(root / "current")
     watch = Watch(folder, outside)
     bench = Bench(options.format, root, watch, folder)
