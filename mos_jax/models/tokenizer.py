@@ -144,7 +144,7 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         config, special_map, generation = (
-            read_json(folder / name) if (folder / name).is_file() else {}
+            read_json(folder / name) if os.path.lexists(folder / name) else {}
             for name in (
                 "tokenizer_config.json",
                 "special_tokens_map.json",
@@ -300,7 +300,7 @@ class Tokenizer:
 
 def _folder_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     file = folder / "chat_template.jinja"
-    if file.is_file():
+    if os.path.lexists(file):
         return read_text(file)
     template = config.get("chat_template")
     if isinstance(template, list):  # several, by name

@@ -288,8 +288,11 @@ _DEEP = {name: SiteShape(3, site.d_in, site.d_out) for name, site in _SITES.item
 
 
 def _adapter(config: Any, sites: Mapping[str, SiteShape] = _SITES) -> Callable[[Path], Any]:
-    adapter = randomised(create_adapter(config, sites, jax.random.key(0)))
-    return lambda folder: save_adapter(folder, adapter, metadata={"base": "tiny"})
+    def write(folder: Path) -> None:
+        adapter = randomised(create_adapter(config, sites, jax.random.key(0)))
+        save_adapter(folder, adapter, metadata={"base": "tiny"})
+
+    return write
 
 
 def _read_adapter(folder: Path) -> Any:
@@ -331,10 +334,10 @@ def _seal_adapter(folder: Path) -> None:
 
 
 def _peft(config: Any, sites: Mapping[str, SiteShape] = _SITES) -> Callable[[Path], Any]:
-    factors = randomised(create_adapter(config, sites, jax.random.key(0))).factors()
     layers = 2 if sites is _SITES else 3
 
     def write(folder: Path) -> None:
+        factors = randomised(create_adapter(config, sites, jax.random.key(0))).factors()
         export_peft(folder, factors, base_name="org/base", num_layers=layers)
         (folder / "README.md").unlink()
         if layers == 3:  # as others write it: half precision, and fields that we do not write
@@ -447,8 +450,12 @@ def _adapter_gguf(config: Any, layers: tuple[int, ...] | None = None) -> Callabl
     depth = 3 if layers is None else len(layers)
     shapes = {name: _LLAMA.site_shapes()[name][1:] for name in ("q_proj", "down_proj")}
     sites = {name: SiteShape(depth, *widths, layers) for name, widths in shapes.items()}
-    factors = randomised(create_adapter(config, sites, jax.random.key(0))).factors()
-    return lambda folder: write_adapter_gguf(folder / "adapter.gguf", factors, _LLAMA)
+
+    def write(folder: Path) -> None:
+        factors = randomised(create_adapter(config, sites, jax.random.key(0))).factors()
+        write_adapter_gguf(folder / "adapter.gguf", factors, _LLAMA)
+
+    return write
 
 
 def _check_adapter_gguf(folder: Path, factors: Any) -> None:

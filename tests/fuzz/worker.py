@@ -38,7 +38,7 @@ from mos_jax.errors import InputError
 from tests.fuzz.mutations import OUTSIDE, a_torch_file, clear
 from tests.fuzz.target import Target
 
-SECONDS = int(os.environ.get("FUZZ_SECONDS", "10"))
+SECONDS = int(os.environ.get("FUZZ_SECONDS", "60"))
 # Beyond the bytes of the files. tracemalloc counts the arrays that a good file is read into, the
 # parsed header and the traces of errors; the process also has what allocators keep.
 TRACED_CONSTANT = 4 << 20
