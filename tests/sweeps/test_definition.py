@@ -5,6 +5,7 @@ import pytest
 from mos_jax.errors import InputError
 from mos_jax.sweeps.combinators import arm
 from mos_jax.sweeps.definition import FIRST_TUNING_SEED, Sweep, override, slug
+from mos_jax.training.config import RunConfig
 from mos_jax.training.session import Loads
 from tests.sweeps.fixtures_sweeps import ITEMS, tiny_sweep
 
@@ -69,6 +70,14 @@ def test_a_method_starts_from_its_own_defaults():
     assert same["adapter"] == {"method": "mos", "equivalent_rank": 2, "rank": 5}
     deep = override(base, {"data.task_options.max_terms": 3})
     assert deep["data"] == {"task_options": {"max_terms": 3}}
+
+
+def test_an_arm_sets_patterns_as_dicts_or_json():
+    pattern = {"layers.0.mlp.up_proj": 1, "q_proj": 3}
+    for value in (pattern, json.dumps(pattern)):
+        fields = {"adapter.method": "lora", "adapter.rank_pattern": value}
+        nested = override({"adapter": {"method": "mos", "rank": 3}}, fields)
+        assert RunConfig.from_mapping(nested).adapter.rank_pattern == pattern
 
 
 @pytest.mark.parametrize(
