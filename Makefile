@@ -20,7 +20,7 @@ SETUP := PYTHON="$(PYTHON)" sh tools/setup.sh
 PYTEST := $(PY) -m pytest -n $(JOBS) --dist loadfile
 CODE := mos_jax experiments configs tests tools
 
-.PHONY: help setup interop quickstart test parity lint format fuzz bench quantized study coverage wheel clean distclean
+.PHONY: help setup interop quickstart test parity lint format fuzz bench quantized support study coverage wheel clean distclean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
@@ -52,6 +52,9 @@ format: setup ## Rewrite the code as ruff wants it
 
 bench: interop ## Time training steps against the reference implementations
 	$(PY) experiments/bench_training.py $(ARGS)
+
+support: setup ## What works with what, tried on tiny models: docs/support.md
+	$(PY) tools/support_table.py
 
 quantized: setup ## A base in fp32, bf16, int8 and NF4: bytes, loss, time of a step (minutes)
 	$(PY) experiments/bench_quantized.py --out=results/bench_quantized.json --report=results/quantized.md $(ARGS)
