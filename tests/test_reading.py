@@ -7,6 +7,7 @@ import pytest
 from mos_jax.adapters.sites import SiteShape
 from mos_jax.adapters.storage import load_adapter
 from mos_jax.errors import MAX_MESSAGE, InputError, naming
+from mos_jax.interop.detect import detect
 from mos_jax.interop.peft import read_peft_factors
 from mos_jax.models import gguf, huggingface
 from mos_jax.models.tiny import tiny_config
@@ -97,6 +98,7 @@ _SITES = {"q_proj": SiteShape(1, 4, 4)}
     [
         ("pytorch_model.bin", lambda file: huggingface.read_weights(file.parent, tiny_config())),
         ("model.pt", gguf.read_config),
+        ("model.bin", detect),
         ("model.ckpt", Tokenizer.from_gguf),
         ("adapter_model.bin", lambda file: read_peft_factors(file.parent, _SITES)),
         ("adapter_model.bin", lambda file: read_peft_factors(file, _SITES)),

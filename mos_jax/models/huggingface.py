@@ -238,6 +238,9 @@ def _read_header(path: Path, stack: contextlib.ExitStack) -> dict[str, _Tensor]:
         header = json.loads(file.read(8, length, slice(0, 1), slice(0, length)).tobytes())
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is not a whole safetensors file: {error}") from error
+    if not all(isinstance(header[name], dict) for name in names):
+        # The library also takes an entry's values in a list, without their names.
+        raise InputError(f"{path} is not a whole safetensors file: an entry is no object")
     return {
         name: _Tensor(
             file,

@@ -428,6 +428,12 @@ class TestDamagedCard:
         with pytest.raises(InputError, match=r"does not fit|drawn numbers, more than are stored"):
             load_adapter(folder)
 
+    def test_arrays_larger_than_the_card_says_are_not_read(self, folder):
+        with (folder / ARRAYS_FILE).open("r+b") as stream:
+            stream.truncate(1 << 40)  # a hole: nothing on the disk
+        with pytest.raises(InputError, match="1099511627776 bytes; an adapter of this conf"):
+            load_adapter(folder)
+
     @pytest.mark.parametrize("field", ["num_layers", "d_in", "d_out"])
     def test_widths_and_depths_beyond_the_arrays_are_refused(self, folder, field):
         card = json.loads((folder / CARD_FILE).read_text())

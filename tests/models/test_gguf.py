@@ -1,4 +1,5 @@
 import dataclasses
+import os
 import struct
 
 import ml_dtypes
@@ -191,3 +192,41 @@ def test_smollm2():
     assert sum(value.size for value in weights.values()) == 134_515_008
     assert np.float32(weights["embed"]).std() == pytest.approx(0.1356, abs=1e-4)
     assert np.float32(weights["blocks/q_proj"]).std() == pytest.approx(0.2022, abs=1e-4)
+
+
+@pytest.mark.parametrize(("shift", "message"), [(0, "overlap"), (16, "no multiple of 32")])
+def test_tensors_that_overlap_or_are_not_aligned(tmp_path, good, shift, message):
+    names = [b"blk.0.attn_norm.weight", b"blk.0.ffn_norm.weight"]
+    data = bytearray(good.read_bytes())
+    # One axis: its size, the type and the offset follow the name and the number of axes.
+    first, second = (data.index(name) + len(name) + 4 + 8 + 4 for name in names)
+    (offset,) = struct.unpack_from("<Q", data, first)
+    struct.pack_into("<Q", data, second, offset + shift)
+    path = tmp_path / "m.gguf"
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=rf"m\.gguf is not a whole GGUF file: .*{message}"):
+        open_gguf(path)
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "m.gguf")
+    with pytest.raises(InputError, match=r"m\.gguf: it is no regular file"):
+        open_gguf(tmp_path / "m.gguf")
+
+
+def test_a_header_of_gigabytes_is_refused_before_it_is_parsed(tmp_path):
+    path = tmp_path / "m.gguf"
+    path.write_bytes(_header(0, 1, _text(b"k") + struct.pack("<IIQ", 9, 0, 1 << 33)))
+    with path.open("r+b") as stream:
+        stream.truncate(1 << 34)  # all of the array is there, as a hole
+    with pytest.raises(InputError, match="its header has more than 134217728 bytes"):
+        open_gguf(path)
+
+
+def test_a_config_that_is_refused_names_the_file(tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", CONFIG, WEIGHTS, fields={"llama.block_count": 1 << 31})
+    with pytest.raises(InputError, match=r"m\.gguf"):
+        read_weights(path, read_config(path))
+    write_gguf(path, CONFIG, WEIGHTS, drop=("llama.block_count",))
+    with pytest.raises(InputError, match=r"m\.gguf: .*block_count is missing"):
+        read_config(path)

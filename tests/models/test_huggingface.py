@@ -263,3 +263,16 @@ def test_the_image_part_of_a_gemma_is_left_out(tmp_path):
         read_weights(folder, config)
     with pytest.raises(InputError, match=r"language_model\."):
         read_weights(write_folder(tmp_path / "l", CONFIG, WEIGHTS, extra=tensors), CONFIG)
+
+
+def test_entries_without_names_are_refused(tmp_path, good):
+    data = (good / "model.safetensors").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    entry = header["model.norm.weight"]
+    header["model.norm.weight"] = [entry["dtype"], entry["shape"], entry["data_offsets"]]
+    text = json.dumps(header).encode()
+    content = len(text).to_bytes(8, "little") + text + data[8 + length :]
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(InputError, match=r"model\.safetensors is not a whole.*entry is no object"):
+        read_weights(tmp_path, CONFIG)

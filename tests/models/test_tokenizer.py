@@ -237,6 +237,9 @@ def test_folder_sources_of_the_end_of_turn_and_template(folder):
     tokenizer = Tokenizer.from_folder(folder)
     assert (tokenizer.end_of_turn, tokenizer.pad) == (257, 257)
     assert tokenizer.render(CHAT) == "D"
+    settings = {"chat_template": [[], {"name": "default", "template": "D"}]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert Tokenizer.from_folder(folder).render(CHAT) == "D"
     (folder / "special_tokens_map.json").write_text('{"eos_token": "<|im_end|>"}')
     assert Tokenizer.from_folder(folder).end_of_turn == 258
     (folder / "special_tokens_map.json").write_text('{"eos_token": "<|none|>"}')
@@ -298,3 +301,15 @@ def test_json_of_a_tokenizer_encodes_alike_and_a_folder_is_remembered(folder):
     assert again.encode(text).ids == BYTES.encode(text)
     assert (BYTES.token(258), BYTES.chat_template, BYTES.folder) == ("<|im_end|>", CHATML, None)
     assert Tokenizer.from_folder(folder).folder == folder
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "chat_template.jinja"])
+def test_something_else_in_the_place_of_a_file_is_refused(folder, name):
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).mkdir()
+    with pytest.raises(InputError, match=f"{name}: it is a folder"):
+        Tokenizer.from_folder(folder)
+    (folder / name).rmdir()
+    (folder / name).symlink_to("nowhere")
+    with pytest.raises(InputError, match=f"cannot read .*{name}"):
+        Tokenizer.from_folder(folder)
