@@ -189,7 +189,10 @@ class _Rule:
         """Merges the n arrays of block k of a site: coefficients [n], arrays [n, ...]."""
         if self.how == "ties":
             assert self.density is not None
-            arrays = arrays * np.stack([_largest(x, self.density) for x in arrays])
+            # A share of what an adapter has: rows beyond its rank in this block are no part of it.
+            rows = [arrays.shape[1]] * len(arrays) if part == "delta" else stack.ranks[:, k]
+            kept = [_largest(x, self.density, r) for x, r in zip(arrays, rows, strict=True)]
+            arrays = arrays * np.stack(kept)
         elif self.how.startswith("dare"):
             assert self.density is not None
             where = self.density, self.seed
@@ -240,11 +243,11 @@ def _on_deltas(stack: _Stack, rule: _Rule, rank: int) -> tuple[np.ndarray, np.nd
     return np.stack([a for a, _ in halves]), np.stack([b for _, b in halves])
 
 
-def _largest(array: np.ndarray, density: float) -> np.ndarray:
-    """1 at the share `density` of the entries that are largest, 0 elsewhere."""
+def _largest(array: np.ndarray, density: float, rows: int) -> np.ndarray:
+    """1 at the largest entries, as many as `density` of its first `rows` rows; 0 elsewhere."""
     mask = np.zeros(array.size)
     order = np.argsort(-np.abs(array).reshape(-1), kind="stable")
-    mask[order[: int(density * array.size)]] = 1
+    mask[order[: int(density * rows * array.shape[1])]] = 1
     return mask.reshape(array.shape)
 
 

@@ -66,7 +66,7 @@ def compile_key(key: str, where: str) -> re.Pattern[str]:
     """
     try:
         return re.compile(rf"(.*\.)?({key})$")
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise InputError(f"{where}: {key!r} is not a regular expression ({error})") from None
 
 

@@ -137,8 +137,11 @@ def check_request(source: Source, out: str | os.PathLike[str], kind: str, option
     if options.dtype is not None:
         check_dtype(options.dtype)
     path = Path(out)
-    if Path(source.path).exists() and Path(source.path).resolve() == path.resolve():
-        raise InputError(f"--out={path} is the input itself; choose another place")
+    for read, what in ((source.path, "the input"), (source.base.name, "its base")):
+        # A folder is replaced with all that is in it.
+        if Path(read).exists() and Path(read).resolve().is_relative_to(path.resolve()):
+            where = "is" if Path(read).resolve() == path.resolve() else f"has {read} in it,"
+            raise InputError(f"--out={path} {where} {what} itself; choose another place")
     wanted.check(path, source, options.overwrite)
 
 

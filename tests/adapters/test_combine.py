@@ -186,6 +186,33 @@ class TestTies:
                     want = ties_by_hand(arrays, signs * np.sqrt(np.abs(c)), density)
                     np.testing.assert_allclose(getattr(f, part)[k], want, rtol=1e-5, atol=1e-7)
 
+    def test_the_share_is_of_the_rank_of_a_block(self):
+        """A block of a lower rank comes out as if its type had that rank."""
+        ranks, density = (2, 4, 3), 0.5
+
+        def cut(factors):
+            own = (np.arange(4) < np.array(ranks)[:, None])[..., None]
+            return {
+                name: dataclasses.replace(f, a=f.a * own, b=f.b * own, ranks=ranks)
+                for name, f in factors.items()
+            }
+
+        several = [cut(draw(4, seed)) for seed in range(2)]
+        found = combine(several, [1.0, 0.5], "ties", density=density).factors
+        for k, r in enumerate(ranks):
+            part = slice(k, k + 1)
+            alone = [
+                {
+                    name: LowRank(f.a[part, :r], f.b[part, :r], f.scale[part])
+                    for name, f in g.items()
+                }
+                for g in several
+            ]
+            for name, want in combine(alone, [1.0, 0.5], "ties", density=density).factors.items():
+                np.testing.assert_array_equal(found[name].a[k, :r], want.a[0])
+                np.testing.assert_array_equal(found[name].b[k, :r], want.b[0])
+                assert not np.any(found[name].a[k, r:])
+
     def test_dense_changes_equal_a_plain_loop(self):
         several, weights = [draw(2), draw(3, 1)], [1.0, 0.5]
         found = combine(several, weights, "ties", density=0.4, rank=4)

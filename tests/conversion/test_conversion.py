@@ -90,7 +90,8 @@ def test_a_merged_model_is_the_base_with_its_adapter(base, mos, tmp_path, dtype)
     assert done.difference == difference
     assert difference < {None: 1e-4, "bfloat16": 0.5, "float16": 0.1}[dtype]
     assert set(done.differences) == {"float32", *(["bfloat16"] if dtype == "bfloat16" else [])}
-    assert json.loads((tmp_path / "m/config.json").read_text())["torch_dtype"] == dtype or "float32"
+    raw = json.loads((tmp_path / "m/config.json").read_text())
+    assert raw["torch_dtype"] == (dtype or "float32")
     card = (tmp_path / "m/README.md").read_text()
     assert "- **method**: mos" in card
     assert "- **task**: sums" in card
@@ -240,6 +241,26 @@ def test_a_base_has_one_format_and_nothing_is_written_over_the_input(mos, tmp_pa
             Options(overwrite=True),
         )
     assert load_adapter(tmp_path / "mos").config.method == "mos"
+
+
+def test_a_folder_with_the_input_or_its_base_in_it_is_not_replaced(base, mos, tmp_path):
+    """Replacing a folder would remove them; a model may be written over one that is neither."""
+    folder, model = tmp_path / "m", tmp_path / "m/model.gguf"
+    convert(load_source(BASE), folder, "merged")
+    shutil.copytree(mos, folder / "mos")
+    write_gguf(model, base.config, tiny_weights(base.config), "F32", vocabulary=True)
+    before = everything_below(tmp_path)
+    for given, its_base, words in (
+        (folder / "mos", BASE, "m/mos in it, the input itself"),
+        (model, None, "m/model.gguf in it, the input itself"),
+        (mos, str(model), "m/model.gguf in it, its base itself"),
+        (mos, str(folder), "is its base itself"),
+    ):
+        with pytest.raises(InputError, match=words):
+            convert(load_source(given, its_base), folder, "merged", Options(overwrite=True))
+    assert everything_below(tmp_path) == before
+    convert(load_source(mos, BASE), folder, "merged", Options(overwrite=True))
+    assert not model.exists()
 
 
 def test_every_difference_is_a_number_in_the_table(mos, tmp_path):

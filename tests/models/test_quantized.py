@@ -93,9 +93,7 @@ def test_nf4_is_that_of_qwix_and_packs_two_codes_to_a_byte():
         jnp.asarray(weight), "nf4", tiled_axes={1: BLOCK}, channelwise_axes=[0, 2]
     )
     ours = packed.unpack()
-    # Where their scale, in fp32, is one that bf16 holds.
-    same = np.asarray(theirs.scale == packed.scale.astype(jnp.float32)).repeat(BLOCK, 1)
-    assert same.any() or True
+    # Their scale is in fp32, so that a code on the border may be the next one.
     codes = np.asarray(theirs.qvalue).astype(int)
     assert (np.abs(codes - np.asarray(ours.qvalue).astype(int)) <= 1).all()
     assert (codes == np.asarray(ours.qvalue).astype(int)).mean() > 0.98
