@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -164,7 +165,7 @@ def quantised(path: Path, scheme: str) -> None:
     """Loads a folder quantised and runs it."""
     base = load_base(path, quantize=scheme)
     must(base.quantization == scheme, f"{path.name} is not held in {scheme}")
-    logits = base.model(np.zeros((1, 4), np.int32))
+    logits = base.model(jnp.zeros((1, 4), jnp.int32))
     must(np.isfinite(np.asarray(logits)).all(), f"{path.name} in {scheme} gives no numbers")
 
 
@@ -192,7 +193,7 @@ def methods(folder: Path) -> list[str]:
     place: dict[str, Any] = {"base_name": base.name, "num_layers": base.config.num_layers}
     some = select_sites(base.sites, include="[qv]_proj", layers=[0, 2])
     other = make("lora", base, rank=2)
-    tokens = np.arange(8, dtype=np.int32).reshape(2, 4)
+    tokens = jnp.arange(8, dtype=jnp.int32).reshape(2, 4)
 
     def mixed(adapter: Adapter) -> None:
         bank = AdapterBank.holding(base.sites, {"one": adapter, "two": other})

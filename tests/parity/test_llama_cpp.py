@@ -1,7 +1,7 @@
 """Adapters as GGUF, loaded and computed by llama.cpp itself.
 
-Needs the package xllamacpp, which carries llama.cpp and which nothing else here uses:
-pip install xllamacpp.
+Needs the package xllamacpp, which carries llama.cpp and which the interop extra installs on
+Linux on x86-64.
 """
 
 import json
