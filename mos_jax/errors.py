@@ -24,10 +24,11 @@ class InputError(ValueError):
     """
 
     def __init__(self, message: str):
-        super().__init__(_one_line(str(message)))
+        super().__init__(one_line(str(message)))
 
 
-def _one_line(message: str) -> str:
+def one_line(message: str) -> str:
+    """Returns the text with its middle left out if it is very long, and all of it printable."""
     if len(message) > MAX_MESSAGE:
         message = f"{message[: MAX_MESSAGE * 3 // 5]} [...] {message[-MAX_MESSAGE // 5 :]}"
     if message.isprintable():

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mos_jax.adapters import storage
-from mos_jax.errors import InputError
+from mos_jax.errors import InputError, one_line
 from mos_jax.interop.peft_config import CONFIG_FILE
 from mos_jax.interop.peft_fields import KINDS
 from mos_jax.interop.peft_folder import ARRAYS_FILE
@@ -115,7 +115,7 @@ def _detect_file(file: Path) -> Found:
                 details[key] = fields[key]
         name = fields.get("general.name", file.name)
         about = f"{name}, architecture {fields.get('general.architecture', 'not named')}"
-        return Found(file, kind, f"{kind}: {about}", details)
+        return Found(file, kind, one_line(f"{kind}: {about}"), details)
     if magic.startswith(_PICKLE_MAGIC):
         raise InputError(pickle_message(file))
     if file.name in (storage.ARRAYS_FILE, storage.CARD_FILE, ARRAYS_FILE, CONFIG_FILE):
@@ -127,7 +127,7 @@ def _detect_file(file: Path) -> Found:
 
 
 def _line(kind: str, about: str, base: Any) -> str:
-    return f"{kind}: {about}{f', for the base {base}' if base else ''}"
+    return one_line(f"{kind}: {about}{f', for the base {base}' if base else ''}")
 
 
 def _some(names: list[str]) -> str:

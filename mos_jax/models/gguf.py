@@ -212,7 +212,10 @@ def _read_header(header: _Header) -> GGUFFile:
         key = header.string()
         if key in fields:
             raise header.fail(f"key {key!r} occurs twice")
-        fields[key] = header.value(header.number("I"))
+        kind = header.number("I")
+        if key == "general.alignment" and _SCALARS.get(kind) != "I":
+            raise header.fail(f"general.alignment has type {kind}, not that of a 32-bit number")
+        fields[key] = header.value(kind)
     relative: dict[str, GGUFTensor] = {}
     for _ in range(num_tensors):
         name, tensor = header.tensor()
