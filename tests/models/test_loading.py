@@ -112,7 +112,7 @@ def test_parts_cover_an_array_once_and_are_small(monkeypatch, shape, chunk):
         assert (seen == 1).all()
 
 
-@pytest.mark.parametrize("scheme", [None, *SCHEMES.values()], ids=str)
+@pytest.mark.parametrize("scheme", [None, *SCHEMES.values()], ids=["plain", *SCHEMES])
 @pytest.mark.parametrize("spec", [("model", None, None), (None, "model", None), (None, None, None)])
 def test_a_weight_in_many_parts_is_the_weight_in_one(monkeypatch, scheme, spec):
     array = np.random.default_rng(0).standard_normal((4, 256, 6)).astype(np.float32)
