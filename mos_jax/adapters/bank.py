@@ -5,61 +5,26 @@ it side by side as `LowRank` factors, padded with rows of zeros to the bank's ra
 where they adapt nothing. Which slot a row of a batch uses is an int32 array, so that adding,
 swapping and activating adapters and mixing them in a batch all run the program compiled once.
 
-Axis legend: L adapted blocks, K slots, the base's included, B rows of a batch, r the bank's rank at
-a site, h = d_in, o = d_out.
+Axis legend: L adapted blocks, B rows of a batch, r rank, h = d_in, o = d_out.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
-from mos_jax.adapters.adapter import Adapter, local_layer, require_integer
+from mos_jax.adapters.adapter import Adapter
+from mos_jax.adapters.factor_slots import BankFactors, FactorSlots, positions
 from mos_jax.adapters.low_rank import LowRank
 from mos_jax.adapters.sites import Sites, SiteShape, check_sites
-from mos_jax.adapters.strictness import strict
 from mos_jax.errors import InputError, suggest
 
 BASE_NAME = "__base__"
-DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class BankFactors:
-    """The factors of some slots of a bank: what `base.model` and `generate` take as factors.
-
-    A pytree: hand it to `jax.jit` as an argument, never as a closure. Another choice of slots of
-    the same number of rows then runs the same program.
-
-    Attributes:
-      bank: by site type, a [L, K, r, h], b [L, K, r, o], scale fp32 [L, K].
-      slots: int32 [B], the slot of each row; or [], one slot for all rows.
-    """
-
-    bank: dict[str, LowRank]
-    slots: jax.Array
-
-    @strict
-    def __call__(self, layer: jax.Array | int) -> dict[str, LowRank]:
-        """Block `layer`'s factors: a [B, r, h], b [B, r, o], scale [B], or all without the B."""
-        chosen = {}
-        for name, f in self.bank.items():
-            site = SiteShape(f.a.shape[0], f.a.shape[-1], f.b.shape[-1], f.layers)
-            index, adapted = local_layer(site, layer)
-            # One gather from the whole bank: no block of it is copied first.
-            pick = lambda array, index=index: array.at[index, self.slots].get(  # noqa: E731
-                mode="promise_in_bounds"
-            )
-            chosen[name] = LowRank(pick(f.a), pick(f.b), adapted * pick(f.scale))
-        return chosen
 
 
 class AdapterBank:
@@ -68,12 +33,6 @@ class AdapterBank:
     The arrays are allocated once: `nbytes` of device memory, whatever comes and goes. A change
     overwrites one slot where it lies, so that factors handed out before it, by `for_rows` or
     `active_factors`, are gone with it (JAX then says that an array has been deleted): ask again.
-
-    Attributes:
-      sites: what adapters in it may change.
-      slots: how many adapters it holds at most.
-      rank: by site type, the largest rank that fits.
-      dtype: "float32" or "bfloat16", of the factors at rest; scales are fp32.
     """
 
     def __init__(
@@ -84,29 +43,7 @@ class AdapterBank:
         Raises:
           InputError: for malformed sites, an unknown dtype, or numbers that are not positive.
         """
-        self.sites = check_sites(sites)
-        require_integer("bank", "slots", slots, 1)
-        if dtype not in DTYPES:
-            raise InputError(f"bank: unknown dtype {dtype!r}; {suggest(dtype, DTYPES)}")
-        ranks = dict(rank) if isinstance(rank, Mapping) else dict.fromkeys(self.sites, rank)
-        if set(ranks) != set(self.sites):
-            raise InputError(
-                f"bank: rank names {', '.join(sorted(ranks))}, the sites are "
-                f"{', '.join(sorted(self.sites))}"
-            )
-        for name, value in ranks.items():
-            require_integer("bank", f"rank of {name!r}", value, 1)
-        self.slots, self.dtype = slots, dtype
-        self.rank = {name: ranks[name] for name in self.sites}
-        self._factors = {
-            name: LowRank(
-                jnp.zeros((site.num_layers, slots + 1, self.rank[name], site.d_in), dtype),
-                jnp.zeros((site.num_layers, slots + 1, self.rank[name], site.d_out), dtype),
-                jnp.zeros((site.num_layers, slots + 1), jnp.float32),
-                site.layers,
-            )
-            for name, site in self.sites.items()
-        }
+        self._store = FactorSlots(sites, slots=slots, rank=rank, dtype=dtype)
         self._slot = {BASE_NAME: 0}
         # Of each adapter, what it was before it was padded: shapes by site type.
         self._extent: dict[str, dict[str, LowRank]] = {}
@@ -148,6 +85,26 @@ class AdapterBank:
         return bank
 
     @property
+    def sites(self) -> dict[str, SiteShape]:
+        """What adapters in it may change."""
+        return self._store.sites
+
+    @property
+    def slots(self) -> int:
+        """How many adapters it holds at most."""
+        return self._store.slots
+
+    @property
+    def rank(self) -> dict[str, int]:
+        """By site type, the largest rank that fits."""
+        return self._store.rank
+
+    @property
+    def dtype(self) -> str:
+        """Of the factors at rest, "float32" or "bfloat16"; scales are fp32."""
+        return self._store.dtype
+
+    @property
     def names(self) -> tuple[str, ...]:
         """The adapters in it, in the order they came."""
         return tuple(self._extent)
@@ -160,7 +117,7 @@ class AdapterBank:
     @property
     def nbytes(self) -> int:
         """Bytes on the device, all slots and the base's zeros."""
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(self._factors))
+        return self._store.nbytes
 
     def summary(self) -> dict[str, Any]:
         """Size and use as JSON values; `slot_bytes` are those of one adapter."""
@@ -214,7 +171,7 @@ class AdapterBank:
         slot = self._slot_of(name)
         if name == self._active:
             raise InputError(f"{name!r} is active; disable() or activate another before deleting")
-        self._factors = _write(self._factors, np.int32(slot), self._padded(name, {}))
+        self._store.write(slot, self._store.padded(name, {}))
         del self._slot[name], self._extent[name]
 
     def activate(self, name: str) -> None:
@@ -229,7 +186,7 @@ class AdapterBank:
     @property
     def active_factors(self) -> BankFactors:
         """Factors of the active adapter for all rows; zeros, hence the base, when disabled."""
-        return BankFactors(self._factors, jnp.asarray(np.int32(self._slot[self._active])))
+        return self._store.rows(np.asarray(self._slot[self._active]))
 
     def for_rows(self, names: Sequence[str]) -> BankFactors:
         """Factors for a batch in which row i uses the adapter `names[i]`.
@@ -243,7 +200,7 @@ class AdapterBank:
         if isinstance(names, str) or not len(names):
             raise InputError(f"for_rows needs a list of names, one for each row, got {names!r}")
         slots = [0 if name == BASE_NAME else self._slot_of(name) for name in names]
-        return BankFactors(self._factors, jnp.asarray(np.array(slots, np.int32)))
+        return self._store.rows(np.asarray(slots))
 
     def get(self, name: str) -> dict[str, LowRank]:
         """The factors of `name` as they were added, rounded to the bank's dtype.
@@ -257,9 +214,9 @@ class AdapterBank:
         """
         slot, factors = self._slot_of(name), {}
         for site, own in self._extent[name].items():
-            f = self._factors[site]
+            f = self._store.factors[site]
             a, b, scale = (np.asarray(array[:, slot]) for array in (f.a, f.b, f.scale))
-            rows = _positions(self.sites[site], own.layers)
+            rows = positions(self.sites[site], own.layers)
             factors[site] = dataclasses.replace(
                 own,
                 a=jnp.asarray(a[rows, : own.rank].astype(np.float32)),
@@ -297,50 +254,9 @@ class AdapterBank:
 
     def _put(self, name: str, slot: int, adapter: Adapter | Mapping[str, LowRank]) -> None:
         factors = _factors_of(name, adapter)
-        entry = self._padded(name, factors)
-        self._factors = _write(self._factors, np.int32(slot), entry)
+        self._store.write(slot, self._store.padded(name, factors))
         self._slot[name] = slot
         self._extent[name] = jax.eval_shape(lambda: dict(factors))
-
-    def _padded(self, name: str, factors: Mapping[str, LowRank]) -> dict[str, LowRank]:
-        """One slot's arrays on the host: a [L, r, h], b [L, r, o], scale [L] at every site.
-
-        Padding is NumPy's work, so that nothing is compiled for a new rank.
-        """
-        for site_name in factors:
-            if site_name not in self.sites:
-                raise InputError(
-                    f"{name!r} adapts {site_name!r}, which the bank has not; "
-                    f"{suggest(site_name, self.sites)}"
-                )
-        dtype, entry = DTYPES[self.dtype], {}
-        for site_name, site in self.sites.items():
-            rank = self.rank[site_name]
-            a = np.zeros((site.num_layers, rank, site.d_in), dtype)
-            b = np.zeros((site.num_layers, rank, site.d_out), dtype)
-            scale = np.zeros(site.num_layers, np.float32)
-            if site_name in factors:
-                f = factors[site_name]
-                own = f"{name!r} at {site_name!r}"
-                _check_shapes(own, f, site)
-                if f.rank > rank:
-                    raise InputError(
-                        f"{own} has rank {f.rank}, the bank {rank}; take resized(rank={f.rank})"
-                    )
-                rows = _positions(site, f.layers)
-                a[rows, : f.rank], b[rows, : f.rank], scale[rows] = f.a, f.b, f.scale
-                if not all(np.isfinite(array).all() for array in (a, b, scale)):
-                    raise InputError(f"{own} holds values that are not finite in {self.dtype}")
-            entry[site_name] = LowRank(a, b, scale, site.layers)  # type: ignore[arg-type]
-        return entry
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _write(
-    bank: dict[str, LowRank], slot: np.int32 | jax.Array, entry: dict[str, LowRank]
-) -> dict[str, LowRank]:
-    """The bank with `entry` in `slot`, in the bank's own memory."""
-    return jax.tree.map(lambda whole, new: whole.at[:, slot].set(new), bank, entry)
 
 
 def _factors_of(name: str, adapter: Adapter | Mapping[str, LowRank]) -> Mapping[str, LowRank]:
@@ -364,27 +280,3 @@ def check_name(name: str) -> None:
             "the name of an adapter must be a string that is not empty, has no '/' and is not "
             f"{BASE_NAME!r}, the base itself; got {name!r}"
         )
-
-
-def _check_shapes(own: str, f: LowRank, site: SiteShape) -> None:
-    bank = tuple(range(site.num_layers)) if site.layers is None else site.layers
-    blocks = bank if f.layers is None else f.layers
-    if f.layers is None and site.layers is not None:
-        raise InputError(f"{own} adapts all blocks, the bank has {list(bank)} only")
-    others = sorted(set(blocks) - set(bank))
-    if others:
-        raise InputError(f"{own} adapts the blocks {others}, the bank has {list(bank)}")
-    wanted = (len(blocks), f.rank, site.d_in), (len(blocks), f.rank, site.d_out), (len(blocks),)
-    if (f.a.shape, f.b.shape, f.scale.shape) != wanted:
-        raise InputError(
-            f"{own} must have a {list(wanted[0])}, b {list(wanted[1])} and scale "
-            f"{list(wanted[2])}, got {list(f.a.shape)}, {list(f.b.shape)} and "
-            f"{list(f.scale.shape)}"
-        )
-
-
-def _positions(site: SiteShape, layers: tuple[int, ...] | None) -> list[int]:
-    """Where an adapter's blocks stand among the bank's."""
-    if layers is None:
-        return list(range(site.num_layers))
-    return list(layers) if site.layers is None else [site.layers.index(k) for k in layers]

@@ -25,6 +25,7 @@ from safetensors.numpy import save as format_safetensors
 
 from mos_jax.adapters import routing
 from mos_jax.adapters.adapter import Adapter, AdapterConfig
+from mos_jax.adapters.belonging import check_base
 from mos_jax.adapters.methods import METHODS, create_adapter, make_config
 from mos_jax.adapters.sites import SiteShape, check_sites
 from mos_jax.errors import InputError, naming
@@ -274,14 +275,7 @@ def _load_adapter(
 ) -> Adapter:
     if card.method not in METHODS:
         raise InputError(f"{path}: unknown method {card.method!r}; known: {', '.join(METHODS)}")
-    if sites is not None:
-        _check_base_shapes(path, card, sites)
-    if base_fingerprint and card.base_fingerprint and base_fingerprint != card.base_fingerprint:
-        raise InputError(
-            f"{path} was trained on another base ({card.metadata.get('base', 'name unknown')}, "
-            f"fingerprint {card.base_fingerprint[:12]}) than the one given (fingerprint "
-            f"{base_fingerprint[:12]})"
-        )
+    check_base(path, card, sites, base_fingerprint)
     config = make_config(card.method, card.config)
     stored = _check_sizes(path, card, config)
     # Shapes only, and any key: every array is the stored one.
@@ -289,7 +283,7 @@ def _load_adapter(
         shapes = jax.eval_shape(
             lambda key: create_adapter(config, card.sites, key), jax.random.key(0)
         )
-    arrays = _read_arrays(path, card, _bytes_of(shapes))
+    arrays = read_arrays(path, card, _bytes_of(shapes))
     adapter = with_arrays(shapes, arrays)
     found = _routing_checksum(adapter)
     if found != card.routing_checksum:
@@ -345,7 +339,8 @@ def _bytes_of(adapter: Adapter) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(nnx.state(adapter)))
 
 
-def _read_arrays(path: Path, card: AdapterCard, size: int) -> dict[str, np.ndarray]:
+def read_arrays(path: Path, card: AdapterCard, size: int) -> dict[str, np.ndarray]:
+    """The arrays of the folder `path`, at most `size` bytes. Raises InputError for other bytes."""
     file = path / ARRAYS_FILE  # compared before it is read: one with holes may have any size
     payload = read_bytes(file, size + MAX_TEXT_BYTES, "an adapter of this configuration")
     if hashlib.sha256(payload).hexdigest() != card.arrays_sha256:
@@ -359,23 +354,6 @@ def _read_arrays(path: Path, card: AdapterCard, size: int) -> dict[str, np.ndarr
         raise InputError(f"{file} is not a safetensors file: {error}") from None
     except KeyError as error:
         raise InputError(f"{file} holds arrays of dtype {error}, which no adapter has") from None
-
-
-def _check_base_shapes(path: Path, card: AdapterCard, sites: Mapping[str, SiteShape]) -> None:
-    for name, site in card.sites.items():
-        if name not in sites:
-            raise InputError(f"{path} adapts {name!r}, which the base does not have")
-        base = sites[name]
-        last = site.layers[-1] if site.layers is not None else site.num_layers - 1
-        fits = last < base.num_layers and (
-            site.layers is not None or site.num_layers == base.num_layers
-        )
-        if (site.d_in, site.d_out) != (base.d_in, base.d_out) or not fits:
-            raise InputError(
-                f"{path} belongs to another base: {name!r} is {site.num_layers} layers of "
-                f"{site.d_in} -> {site.d_out} there, {base.num_layers} of {base.d_in} -> "
-                f"{base.d_out} here"
-            )
 
 
 def _routing_checksum(adapter: Adapter) -> str | None:

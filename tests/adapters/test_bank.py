@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mos_jax.adapters.bank import BASE_NAME, AdapterBank, _write
+from mos_jax.adapters.bank import BASE_NAME, AdapterBank
+from mos_jax.adapters.factor_slots import write_slot
 from mos_jax.adapters.lora import LoRAConfig
 from mos_jax.adapters.low_rank import LowRank
 from mos_jax.adapters.methods import create_adapter
@@ -369,7 +370,7 @@ class TestCompilations:
             use(["d", "b"])
         assert found == []
         assert (forward._cache_size(), _prefill._cache_size(), _decode._cache_size()) == (2, 1, 1)
-        assert _write._cache_size() == 1
+        assert write_slot._cache_size() == 1
 
     def test_the_counter_counts(self, caplog):
         with compilations(caplog) as found:

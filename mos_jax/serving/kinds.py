@@ -1,0 +1,145 @@
+"""Adapters on disk: of which kind they are, and their arrays ready for a slot.
+
+Tenants of one *kind* have method, configuration, sites, scales and routing tables in common. The
+first of a kind is loaded and checked whole; of those after it the card tells the kind, and what it
+says of their arrays is checked when they are read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from mos_jax.adapters.adapter import Adapter
+from mos_jax.adapters.bank import BASE_NAME
+from mos_jax.adapters.belonging import check_base
+from mos_jax.adapters.low_rank import LowRank
+from mos_jax.adapters.mos import MoS
+from mos_jax.adapters.sites import Sites
+from mos_jax.adapters.storage import CARD_FILE, AdapterCard, load_adapter, read_arrays, read_card
+from mos_jax.errors import InputError
+from mos_jax.interop.peft import read_peft_factors
+from mos_jax.interop.peft_config import CONFIG_FILE as PEFT_CONFIG
+
+MAX_NAME = 64
+_NAME = re.compile(rf"[A-Za-z0-9](?:[A-Za-z0-9._-]{{0,{MAX_NAME - 1}}})")
+PEFT = "peft"
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What some tenants have in common.
+
+    Attributes:
+      key: tells kinds apart.
+      template: MoS: the first tenant, whose configuration and routing tables all have. Else None.
+      ranks: by site type, the largest rank of a tenant's factors.
+      stored: bytes of one tenant's arrays on disk.
+    """
+
+    key: str
+    template: MoS | None
+    ranks: Mapping[str, int]
+    stored: int
+
+
+def check_tenant_name(name: str) -> None:
+    """Raises InputError unless `name` can be that of a tenant; paths cannot."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        shown = name[:MAX_NAME] + "..." if isinstance(name, str) and len(name) > MAX_NAME else name
+        raise InputError(
+            f"the name of a tenant has 1 to {MAX_NAME} letters, digits, '.', '_' and '-', and "
+            f"starts with a letter or digit; got {shown!r} ({BASE_NAME!r} is the base)"
+        )
+
+
+def is_peft(folder: Path) -> bool:
+    """Whether a folder holds an adapter of PEFT and none of this library."""
+    return (folder / PEFT_CONFIG).is_file() and not (folder / CARD_FILE).is_file()
+
+
+def read_key(folder: Path, sites: Sites, base_fingerprint: str | None) -> str:
+    """The key of an adapter's kind, from its card alone.
+
+    Raises:
+      InputError: for no adapter, a malformed card, or one for another base.
+    """
+    if is_peft(folder):
+        return PEFT
+    card = read_card(folder)
+    check_base(folder, card, sites, base_fingerprint)
+    return _key(card)
+
+
+def _key(card: AdapterCard) -> str:
+    shapes = {name: dataclasses.astuple(site) for name, site in card.sites.items()}
+    common = [card.method, card.config, shapes, card.scale, card.routing_checksum]
+    return json.dumps(common, sort_keys=True)
+
+
+def make_kind(key: str, folder: Path, sites: Sites, base_fingerprint: str | None) -> Kind:
+    """The kind of which the adapter in `folder` is the first.
+
+    Raises:
+      InputError: if the adapter is damaged or for another base.
+    """
+    if key == PEFT:
+        factors = read_peft_factors(folder, sites)
+        ranks = _ranks(factors)  # the card does not tell them, so it is no kind by itself
+        return Kind(f"{PEFT} {sorted(ranks.items())}", None, ranks, 0)
+    adapter = load_adapter(folder, sites=sites, base_fingerprint=base_fingerprint)
+    shapes = jax.eval_shape(lambda: adapter.factors())
+    template = adapter if isinstance(adapter, MoS) else None
+    stored = sum(leaf.nbytes for leaf in jax.tree.leaves(adapter))
+    return Kind(key, template, _ranks(shapes), stored)
+
+
+def read_tenant_arrays(
+    kind: Kind, folder: Path, sites: Sites, base_fingerprint: str | None
+) -> dict[str, np.ndarray]:
+    """The arrays of a MoS tenant, whose file is what its card says and whose card is of the kind.
+
+    Raises:
+      InputError: for another base, another kind than when it was registered, or a file that is
+        not the one that the card describes.
+    """
+    card = read_card(folder)
+    check_base(folder, card, sites, base_fingerprint)
+    if _key(card) != kind.key:
+        raise InputError(
+            f"{folder} has another configuration or routing table than when it was registered; "
+            "remove the tenant and register it again"
+        )
+    return read_arrays(folder, card, kind.stored)
+
+
+def read_factors(folder: Path, sites: Sites, base_fingerprint: str | None) -> Mapping[str, LowRank]:
+    """The factors of a tenant of any other kind.
+
+    Raises:
+      InputError: if the adapter is damaged or for another base.
+    """
+    if is_peft(folder):
+        return read_peft_factors(folder, sites)
+    adapter: Adapter = load_adapter(folder, sites=sites, base_fingerprint=base_fingerprint)
+    return adapter.factors()
+
+
+def adapter_folders(folder: str | os.PathLike[str]) -> list[Path]:
+    """The folders in a folder, by name, without hidden ones. Raises InputError if it is none."""
+    path = Path(folder)
+    if not path.is_dir():
+        raise InputError(f"{path} is not a folder; give one that holds a folder for each adapter")
+    return sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def _ranks(factors: Mapping[str, Any]) -> dict[str, int]:
+    return {name: f.a.shape[-2] for name, f in factors.items()}

@@ -1,0 +1,400 @@
+"""Many tenants of one base: known by name, read when they are asked for, on the device while used.
+
+Three tiers: a folder for each tenant on disk; checked arrays of those read latest in host memory;
+and slots on the device, of which a tenant in use never loses its own. All but `open` and
+`register_folder` costs the same however many tenants are known.
+
+One thread, that of the decoder, calls `poll` and `for_rows`, which change what lies on the device;
+any thread may call the rest.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mos_jax.adapters.bank import BASE_NAME
+from mos_jax.adapters.sites import Sites, SiteShape, check_sites
+from mos_jax.errors import InputError
+from mos_jax.models.base import Base
+from mos_jax.serving.assembled import AssembledCache
+from mos_jax.serving.kinds import (
+    Kind,
+    adapter_folders,
+    check_tenant_name,
+    make_kind,
+    read_factors,
+    read_key,
+    read_tenant_arrays,
+)
+from mos_jax.serving.lanes import Lane, Tenant
+from mos_jax.serving.loading import HostTier, Loader
+from mos_jax.serving.options import BankOptions
+from mos_jax.serving.slabs import FactorSlab, PoolSlab, Rows, Slab, SummedRows
+from mos_jax.serving.slots import Slots
+
+FACTORS = "factors"
+
+
+class Use:
+    """One use of a tenant, from `request` until `release`: it keeps its slot as long.
+
+    Attributes:
+      name: the tenant.
+      error: why it cannot be used, once that is known.
+    """
+
+    def __init__(self, bank: TenantBank, name: str):
+        self.name = name
+        self.error: InputError | None = None
+        self._bank, self._released = bank, False
+
+    @property
+    def ready(self) -> bool:
+        """Whether the tenant is on the device, so that `for_rows` takes it."""
+        return not self._released and self._bank.is_resident(self.name)
+
+    def release(self) -> None:
+        """Ends the use; what follows a first call does nothing."""
+        if not self._released:
+            self._released = True
+            self._bank._release(self)
+
+
+class TenantBank:
+    """Tenants of one base in slots on the device.
+
+    Register tenants, `open` the bank, which allocates all it will ever have, and `request` the
+    tenants of a batch. The program that takes what `for_rows` gives is compiled once for each
+    number of rows, whatever tenants come and go.
+    """
+
+    def __init__(
+        self,
+        sites: Base | Sites,
+        options: BankOptions | None = None,
+        *,
+        base_fingerprint: str | None = None,
+    ):
+        """An empty bank.
+
+        Args:
+          sites: the base, or all its sites.
+          options: sizes; default `BankOptions()`.
+          base_fingerprint: of the base, where it is given by its sites.
+        """
+        if isinstance(sites, Base):
+            base_fingerprint = sites.fingerprint
+        self.sites = check_sites(sites.sites if isinstance(sites, Base) else sites)
+        self.options = options if options is not None else BankOptions()
+        self._fingerprint = base_fingerprint
+        self._tenants: dict[str, Tenant] = {}
+        self._kinds: dict[str, tuple[Kind, str]] = {}
+        self._lanes: dict[str, Lane] | None = None
+        self._cache: AssembledCache | None = None
+        self._loading: dict[str, list[Use]] = {}
+        self._lock = threading.RLock()
+        self.host = HostTier(self.options.host_bytes)
+        self._loader = Loader(self._read, self.host)
+        self.counts = {"requests": 0, "hits": 0, "placed": 0, "failed": 0}
+
+    # What is known.
+
+    def __len__(self) -> int:
+        """Number of tenants known."""
+        return len(self._tenants)
+
+    def __contains__(self, name: object) -> bool:
+        """Whether a tenant is known."""
+        return name in self._tenants
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All tenants known, in the order they were registered."""
+        with self._lock:
+            return tuple(self._tenants)
+
+    def register(self, name: str, folder: str | os.PathLike[str]) -> None:
+        """Makes a tenant known; its arrays are read when it is first asked for.
+
+        Only its card is read, and checked against the base; of the first tenant of a kind, all.
+
+        Raises:
+          InputError: for a name that is malformed or taken, a damaged card, an adapter for another
+            base, or, once the bank is open, one that does not fit what was allocated.
+        """
+        check_tenant_name(name)
+        path = Path(folder).resolve()
+        key = read_key(path, self.sites, self._fingerprint)
+        known = self._kinds.get(key)
+        kind = known[0] if known else make_kind(key, path, self.sites, self._fingerprint)
+        with self._lock:
+            if name in self._tenants:
+                raise InputError(f"there is a tenant {name!r} already; remove it first")
+            if kind.key not in self._kinds:
+                self._kinds[kind.key] = kind, self._slab_for(name, kind)
+            self._tenants[name] = Tenant(name, path, *self._kinds[kind.key])
+
+    def register_folder(self, folder: str | os.PathLike[str]) -> dict[str, str]:
+        """Registers each folder in `folder` under its own name.
+
+        Returns:
+          By the name of its folder, why an adapter was refused; the others are registered.
+
+        Raises:
+          InputError: if `folder` is none.
+        """
+        refused = {}
+        for path in adapter_folders(folder):
+            try:
+                self.register(path.name, path)
+            except InputError as error:
+                refused[path.name] = str(error)
+        return refused
+
+    def remove(self, name: str) -> None:
+        """Forgets a tenant; its folder stays.
+
+        Raises:
+          InputError: if it is unknown, in use or being read.
+        """
+        with self._lock:
+            tenant = self._tenant(name)
+            lane = self._lanes[tenant.slab] if self._lanes is not None else None
+            if name in self._loading or (lane is not None and lane.slots.pins(name)):
+                raise InputError(f"{name!r} is in use; remove it when that has ended")
+            del self._tenants[name]
+            self.host.drop(name)
+            if lane is not None:
+                lane.slots.forget(name)
+            if self._cache is not None:
+                self._cache.forget(name)
+
+    # What is on the device.
+
+    def open(self) -> None:
+        """Allocates slabs for the kinds registered so far. Once; later calls do nothing."""
+        with self._lock:
+            if self._lanes is not None:
+                return
+            options, lanes = self.options, {}
+            sites: dict[str, SiteShape] = {}
+            ranks: dict[str, int] = {}
+            if options.factor_rank:
+                sites, ranks = dict(self.sites), dict.fromkeys(self.sites, options.factor_rank)
+            for kind, key in self._kinds.values():
+                if key == FACTORS:
+                    for name, rank in kind.ranks.items():
+                        sites[name] = self.sites[name]
+                        ranks[name] = max(rank, ranks.get(name, 0))
+                elif kind.template is not None:
+                    slab = PoolSlab(kind.template, options.slots, options.dtype)
+                    lanes[key] = Lane(slab, Slots(options.slots, "this kind of MoS"))
+            if sites:
+                store = FactorSlab(sites, options.slots, ranks, options.dtype)
+                lanes[FACTORS] = Lane(store, Slots(options.slots, "tenants held as factors"))
+            if options.assembly == "cached" and lanes:
+                slabs = [lane.slab for lane in lanes.values()]
+                self._cache = AssembledCache(self.sites, slabs, options.cached, options.dtype)
+            self._lanes = lanes
+
+    def request(self, name: str) -> Use:
+        """Asks for a tenant; returns at once.
+
+        Where it is not on the device, it is read beside all else, and a later `poll` places it.
+        Its `Use` is then `ready`, or has an `error`. Its slot is its own until `Use.release`.
+
+        Raises:
+          InputError: for an unknown tenant, or if all slots of its slab are of tenants in use.
+        """
+        self.open()
+        with self._lock:
+            tenant, use = self._tenant(name), Use(self, name)
+            (slots := self._lane(tenant).slots).pin(name)
+            self.counts["requests"] += 1
+            if slots.place_of(name) is not None:
+                self.counts["hits"] += 1
+            elif name in self._loading:
+                self._loading[name].append(use)
+            else:
+                self._loading[name] = [use]
+                self._loader.ask(name, tenant)
+            return use
+
+    def poll(self, limit: int = 1, timeout: float = 0) -> list[str]:
+        """Places tenants that have been read, each with one write into its slot.
+
+        Factors that `for_rows` gave before are gone if it placed any: ask again.
+
+        Args:
+          limit: how many at most, so that a decoder's step waits for no more.
+          timeout: seconds to wait for the first at most; 0 for none.
+
+        Returns:
+          Those that were placed.
+        """
+        placed: list[str] = []
+        for _ in range(limit):
+            found = self._loader.take(0 if placed else timeout)
+            if found is None:
+                break
+            tenant, entry, error = found
+            with self._lock:
+                name = tenant.name
+                uses = self._loading.pop(name)
+                lane = self._lane(tenant)
+                if error is not None:
+                    self.counts["failed"] += 1
+                    for use in uses:
+                        use.error = error
+                        use.release()
+                elif lane.slots.pins(name):
+                    lane.slab.write(lane.slots.give(name), entry)
+                    if self._cache is not None:
+                        self._cache.forget(name)
+                    self.counts["placed"] += 1
+                    placed.append(name)
+        return placed
+
+    @contextmanager
+    def using(self, *names: str) -> Iterator[None]:
+        """Waits until tenants are on the device, and keeps them there for the block.
+
+        Raises:
+          InputError: as `request`, or for a tenant that cannot be read.
+        """
+        uses: list[Use] = []
+        try:
+            for name in dict.fromkeys(names):
+                if name != BASE_NAME:
+                    uses.append(self.request(name))
+            while not all(use.ready for use in uses):
+                broken = next((use.error for use in uses if use.error is not None), None)
+                if broken is not None:
+                    raise broken
+                self.poll(timeout=1.0)
+            yield
+        finally:
+            for use in uses:
+                use.release()
+
+    def for_rows(self, names: Sequence[str]) -> Rows | None:
+        """Factors for a batch in which row i uses the tenant `names[i]`.
+
+        Args:
+          names: one for each row, of tenants in use and ready; "__base__" for the base alone.
+
+        Returns:
+          What `base.model` and `generate` take as factors, until the next `poll` that places one
+          or, with a cache, the next `for_rows`. None if the bank has no tenants of any kind.
+
+        Raises:
+          InputError: for no rows, or a tenant that is unknown or not ready.
+        """
+        if isinstance(names, str) or not len(names):
+            raise InputError(f"for_rows needs a list of names, one for each row, got {names!r}")
+        self.open()
+        with self._lock:
+            assert self._lanes is not None
+            at = {lane: np.zeros(len(names), np.int32) for lane in self._lanes}
+            places: dict[str, tuple[Slab, int]] = {}
+            for row, name in enumerate(names):
+                if name == BASE_NAME:
+                    continue
+                tenant = self._tenant(name)
+                lane = self._lane(tenant)
+                place = lane.slots.place_of(name)
+                if place is None or not lane.slots.pins(name):
+                    raise InputError(f"{name!r} is not ready; request it and wait for it")
+                at[tenant.slab][row] = place
+                places[name] = lane.slab, place
+            if self._cache is not None:
+                return self._cache.for_rows(names, places)
+            sources = tuple(lane.slab.rows(at[key]) for key, lane in self._lanes.items())
+        if len(sources) > 1:
+            return SummedRows(sources)
+        return sources[0] if sources else None
+
+    def is_resident(self, name: str) -> bool:
+        """Whether a tenant is on the device. Raises InputError for an unknown one."""
+        with self._lock:
+            tenant = self._tenant(name)
+            return self._lanes is not None and self._lane(tenant).slots.place_of(name) is not None
+
+    def close(self) -> None:
+        """Ends the reading thread."""
+        self._loader.close()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the device, whatever comes and goes; see `loading.STAGED` for what is beside."""
+        lanes = (self._lanes or {}).values()
+        cache = self._cache.nbytes if self._cache is not None else 0
+        return sum(lane.slab.nbytes for lane in lanes) + cache
+
+    def summary(self) -> dict[str, Any]:
+        """Sizes and counts as JSON values: by slab, and of the tiers."""
+        with self._lock:
+            lanes = list((self._lanes or {}).values())
+            return {
+                "known": len(self._tenants),
+                "bytes": self.nbytes,
+                "slabs": [lane.summary() for lane in lanes],
+                "cache_bytes": self._cache.nbytes if self._cache is not None else 0,
+                "assembled": self._cache.assembled if self._cache is not None else 0,
+                "host": {"tenants": len(self.host), "bytes": self.host.nbytes},
+                "read": self._loader.read,
+                "loading": len(self._loading),
+                **self.counts,
+            }
+
+    # Within.
+
+    def _read(self, name: str, tenant: Tenant) -> Any:
+        """A tenant's slot on the host; runs in the loader's thread."""
+        slab, kind = self._lane(tenant).slab, tenant.kind
+        if isinstance(slab, PoolSlab):
+            arrays = read_tenant_arrays(kind, tenant.folder, self.sites, self._fingerprint)
+            return slab.entry(arrays)
+        return slab.entry(name, read_factors(tenant.folder, self.sites, self._fingerprint))
+
+    def _tenant(self, name: str) -> Tenant:
+        if name not in self._tenants:
+            raise InputError(f"no tenant {name!r}")
+        return self._tenants[name]
+
+    def _lane(self, tenant: Tenant) -> Lane:
+        assert self._lanes is not None
+        return self._lanes[tenant.slab]
+
+    def _slab_for(self, name: str, kind: Kind) -> str:
+        """The slab of a kind's tenants: one of its own for MoS, as long as there may be more.
+
+        Raises:
+          InputError: if there is none, and the factors do not fit.
+        """
+        own = sum(slab != FACTORS for _, slab in self._kinds.values())
+        if kind.template is not None and self._lanes is None and own < self.options.max_slabs:
+            return kind.key
+        if self._lanes is None:
+            return FACTORS
+        store = self._lanes[FACTORS].slab if FACTORS in self._lanes else None
+        room = store.rank if store is not None else {}
+        for site, rank in kind.ranks.items():
+            if rank > room.get(site, 0):
+                raise InputError(
+                    f"{name!r} has factors of rank {rank} at {site!r}, and the open bank room for "
+                    f"{room.get(site, 0)}; register it before the bank is opened, or open it with "
+                    f"factor_rank={max(kind.ranks.values())}"
+                )
+        return FACTORS
+
+    def _release(self, use: Use) -> None:
+        with self._lock:
+            self._lane(self._tenant(use.name)).slots.unpin(use.name)
