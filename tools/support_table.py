@@ -53,7 +53,8 @@ from tests.models.fixtures_models import write_gguf  # noqa: E402
 PAGE = ROOT / "docs" / "support.md"
 # What a configuration of each method needs beyond its defaults to fit a tiny base.
 FIELDS: dict[str, dict[str, Any]] = {
-    "mos": {"equivalent_rank": 2, "rank": 4, "private_rank": 1},
+    # Pools that two blocks fill, which is what "sites and blocks chosen" chooses.
+    "mos": {"equivalent_rank": 2, "rank": 3, "private_rank": 1},
     "uni_lora": {"theta_length": 512},
     "vb_lora": {"vector_length": 16, "num_vectors": 8},
     "vera": {"projections": "shared"},

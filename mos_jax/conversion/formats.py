@@ -134,6 +134,8 @@ def check_request(source: Source, out: str | os.PathLike[str], kind: str, option
         if getattr(options, field.name) != getattr(defaults, field.name):
             owners = [name for name, format_ in FORMATS.items() if field.name in format_.options]
             raise InputError(f"--{field.name} is for --format={', '.join(owners)}, not for {kind}")
+    if options.allow_rounding and options.pad_rank is None:
+        raise InputError("--allow_rounding is for --pad_rank; without it nothing is rounded")
     if options.dtype is not None:
         check_dtype(options.dtype)
     path = Path(out)

@@ -219,6 +219,7 @@ def test_inputs_that_are_refused(base, mos, tmp_path, options, words):
         ("peft", {"dtype": "bfloat16"}, "--dtype is for --format=merged"),
         ("merged", {"pad_rank": 8}, "--pad_rank is for --format=peft"),
         ("gguf", {"allow_rounding": True}, "--allow_rounding is for --format=peft"),
+        ("peft", {"allow_rounding": True}, "--allow_rounding is for --pad_rank"),
         ("merged", {"dtype": "int8"}, "unknown dtype 'int8'"),
         ("peft", {"pad_rank": 2}, "pad_rank"),
     ],
