@@ -27,6 +27,7 @@ from mos_jax.adapters.low_rank import LowRank
 from mos_jax.adapters.patterns import differ
 from mos_jax.errors import InputError, suggest
 from mos_jax.files import check_space, fresh_file
+from mos_jax.interop.peft import check_factors
 from mos_jax.models.config import DecoderConfig
 from mos_jax.models.gguf import GGUFFile, open_gguf, tensor_names
 
@@ -239,17 +240,12 @@ def _split(factors: Mapping[str, LowRank], config: DecoderConfig) -> dict[Site, 
         if name not in shapes:
             raise InputError(f"unknown site type {name!r}; {suggest(name, shapes)}")
         depth, d_in, d_out = shapes[name]
-        layers = tuple(range(depth)) if low_rank.layers is None else low_rank.layers
-        a, b, scale = (np.asarray(x, np.float32) for x in (low_rank.a, low_rank.b, low_rank.scale))
-        want = ((len(layers), low_rank.rank, d_in), (len(layers), low_rank.rank, d_out))
-        if (a.shape, b.shape) != want or scale.shape != want[0][:1] or max(layers) >= depth:
+        a, b, scale, layers = check_factors(name, low_rank, depth)
+        if (a.shape[2], b.shape[2]) != (d_in, d_out):
             raise InputError(
-                f"factors of {name!r} are a {list(a.shape)}, b {list(b.shape)} for the blocks "
-                f"{list(layers)}; the base has {depth} of {d_in} -> {d_out}"
+                f"factors of {name!r} are for {a.shape[2]} -> {b.shape[2]}, the base has {d_in} -> "
+                f"{d_out}"
             )
-        for part, array in (("a", a), ("b", b), ("scale", scale)):
-            if not np.isfinite(array).all():
-                raise InputError(f"factors of {name!r}: {part} holds values that are not finite")
         for position, layer in enumerate(layers):
             rank = low_rank.rank if low_rank.ranks is None else low_rank.ranks[position]
             sites[name, layer] = _Matrices(a[position, :rank], b[position, :rank], scale[position])

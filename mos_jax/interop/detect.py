@@ -85,7 +85,7 @@ def _detect_folder(folder: Path) -> Found:
     if (folder / CONFIG_FILE).is_file():
         facts = peft_facts(folder)
         if not (folder / ARRAYS_FILE).is_file():
-            raise missing_file(folder, f"{folder} has a {CONFIG_FILE} but no {ARRAYS_FILE}")
+            raise missing_file(folder, f"{folder} has an {CONFIG_FILE} but no {ARRAYS_FILE}")
         targets = facts["target_modules"]
         about = f"rank {facts['rank']} on {targets if isinstance(targets, str) else _some(targets)}"
         base = facts.get("base_model_name_or_path")

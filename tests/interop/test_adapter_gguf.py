@@ -215,7 +215,10 @@ def broken(**changes):
         ({}, "no factors"),
         ({"qproj": low_rank("q_proj", [1.0] * 3)}, "did you mean 'q_proj'"),
         ({"k_proj": low_rank("q_proj", [1.0] * 3)}, "k_proj"),
-        (broken(layers=(0, 1, 7)), "the base has 3"),
+        ({"q_proj": low_rank("down_proj", [1.0] * 3)}, r"for \d+ -> \d+, the base has \d+ -> \d+"),
+        (broken(layers=(0, 1, 7)), r"blocks \[0, 1, 7\] of a base of 3"),
+        # It would lose its second row there.
+        (broken(ranks=(2, 1, 2)), "entry 1 has rank 1, but a row beyond it is not 0"),
         (broken(scale=jnp.full(3, jnp.inf)), "scale holds"),
         (broken(a=jnp.full((3, 2, 32), jnp.nan)), "a holds"),
     ],
