@@ -29,6 +29,9 @@ RESERVE = flags.DEFINE_float("reserve", 0.1, "Share of the memory left for every
 EQUIVALENT_RANK = flags.DEFINE_integer("equivalent_rank", 2, "e of MoS.")
 RANK = flags.DEFINE_integer("rank", None, "Active rank r of MoS; default 4 e.")
 SHARDS = flags.DEFINE_integer("shards_per_vector", 2, "l of MoS.")
+CACHED = flags.DEFINE_integer(
+    "cached", None, "Tenants of MoS with assembled factors; default one a row; 0 = inside the scan."
+)
 SITES = flags.DEFINE_multi_string("sites", ["all-linear"], "Adapted sites; again for more.")
 JSON = flags.DEFINE_bool("json", False, "Print JSON instead.")
 OUT = flags.DEFINE_string("out", None, "PNG file for a picture.")
@@ -57,6 +60,7 @@ def main(_: Sequence[str]) -> None:
         equivalent_rank=EQUIVALENT_RANK.value,
         rank=RANK.value,
         shards_per_vector=SHARDS.value,
+        cached=CACHED.value,
         include=SITES.value,
     )
     print(json.dumps(found.to_dict(), indent=2) if JSON.value else "\n".join(found.lines))

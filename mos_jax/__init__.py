@@ -28,6 +28,8 @@ from mos_jax.interop.peft_import import import_peft
 from mos_jax.interop.peft_native import export_native
 from mos_jax.models.base import Base, load_base
 from mos_jax.models.generation import Sampling, generate
+from mos_jax.serving.options import BankOptions
+from mos_jax.serving.tenants import TenantBank
 
 __version__ = "0.1.0"
 
@@ -36,6 +38,7 @@ __all__ = [
     "Adapter",
     "AdapterBank",
     "AdapterConfig",
+    "BankOptions",
     "Base",
     "InputError",
     "LoRAConfig",
@@ -46,6 +49,7 @@ __all__ = [
     "Sampling",
     "ShareLoRAConfig",
     "SiteShape",
+    "TenantBank",
     "TiedLoRAConfig",
     "UniLoRAConfig",
     "VBLoRAConfig",

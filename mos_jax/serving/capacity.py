@@ -74,7 +74,7 @@ class Fit:
       name: what they are called.
       why: what they are compared for.
       tenant_bytes: of one, in its slot.
-      shared_bytes: once for all of them, slot 0 of zeros included.
+      shared_bytes: once for all of them: slot 0 of zeros, routing tables, assembled factors.
       tenants: how many fit; 0 where not even the base does.
     """
 
@@ -173,6 +173,7 @@ def capacity(
     equivalent_rank: int = 2,
     rank: int | None = None,
     shards_per_vector: int = 2,
+    cached: int | None = None,
     include: str | Sequence[str] = "all-linear",
 ) -> Capacity:
     """How many tenants of MoS and of LoRA fit beside a base.
@@ -188,6 +189,8 @@ def capacity(
       equivalent_rank: e.
       rank: r; default 4 e.
       shards_per_vector: l.
+      cached: tenants of MoS whose factors lie assembled beside the pools (`BankOptions.cached`);
+        default one for each row, 0 where rows are assembled inside the scan.
       include: the adapted sites, as `select_sites` takes them.
 
     Raises:
@@ -203,9 +206,13 @@ def capacity(
     reserve = int(server.memory * server.reserve)
     free = max(server.memory - weights - cache - reserve, 0)
     one, tables = pool_bytes(mos, sites, server.dtype)
+    cached = server.rows if cached is None else cached
+    require_integer("capacity", "cached", cached, 0)
+    # As everywhere, with a slot of zeros.
+    assembled = (cached + 1) * factor_bytes(r, sites, server.dtype) if cached else 0
     claim = CLAIMED_BUDGET_RATIO * e
     kinds: list[tuple[str, str, int, int]] = [
-        (f"MoS e={e} r={r}", "pools in the bank", one, tables),
+        (f"MoS e={e} r={r}", "pools in the bank", one, tables + assembled),
         (f"LoRA r={r}", "equal active rank", factor_bytes(r, sites, server.dtype), 0),
         (
             f"LoRA r={claim}",
@@ -221,7 +228,7 @@ def capacity(
         for name, why, size, shared in kinds
     )
     lines = _account(config, server, weights, cache, reserve, free)
-    lines += _account_tenants(sites, server, mos, fits, one, tables)
+    lines += _account_tenants(sites, server, mos, fits, one, tables, cached)
     return Capacity(config.name, server, weights, cache, reserve, free, fits, tuple(lines))
 
 
@@ -246,7 +253,13 @@ def _account(
 
 
 def _account_tenants(
-    sites: Sites, server: Server, mos: MoSConfig, fits: Sequence[Fit], one: int, tables: int
+    sites: Sites,
+    server: Server,
+    mos: MoSConfig,
+    fits: Sequence[Fit],
+    one: int,
+    tables: int,
+    cached: int,
 ) -> list[str]:
     size = DTYPES[server.dtype].itemsize
     widths = sum(site.num_layers * (site.d_in + site.d_out) for site in sites.values())
@@ -260,12 +273,19 @@ def _account_tenants(
         f"MoS tenant:  e {mos.equivalent_rank} x {widths:,} x {size} bytes = {one:,}; routing once "
         f"for all: 2 x {depth} sites x r {mos.rank} x l {mos.shards_per_vector} x {INDEX_BYTES} "
         f"bytes = {tables:,}",
+        f"  and the factors of {cached} tenants, assembled: "
+        + (
+            f"({cached} + 1 of zeros) x LoRA tenant of r {mos.rank} = "
+            f"{fits[0].shared_bytes - one - tables:,}"
+            if cached
+            else "none"
+        ),
         f"LoRA tenant: r x {widths:,} x {size} bytes + {depth} scales x {SCALE_BYTES} bytes",
     ]
     for fit in fits:
         lines.append(
-            f"{fit.name:<14} ({fit.why}): ({fit.shared_bytes:,} once, with a slot of "
-            f"zeros) then {fit.tenant_bytes:,} each -> {fit.tenants:,} tenants"
+            f"{fit.name:<14} ({fit.why}): ({fit.shared_bytes:,} once, a slot of "
+            f"zeros included) then {fit.tenant_bytes:,} each -> {fit.tenants:,} tenants"
         )
     return lines
 

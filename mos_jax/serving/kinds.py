@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 
 from mos_jax.adapters.adapter import Adapter
 from mos_jax.adapters.bank import BASE_NAME
@@ -40,7 +41,7 @@ class Kind:
 
     Attributes:
       key: tells kinds apart.
-      template: MoS: the first tenant, whose configuration and routing tables all have. Else None.
+      template: MoS: configuration and routing tables, trained arrays are abstract. Else None.
       ranks: by site type, the largest rank of a tenant's factors.
       stored: bytes of one tenant's arrays on disk.
     """
@@ -97,7 +98,7 @@ def make_kind(key: str, folder: Path, sites: Sites, base_fingerprint: str | None
         return Kind(f"{PEFT} {sorted(ranks.items())}", None, ranks, 0)
     adapter = load_adapter(folder, sites=sites, base_fingerprint=base_fingerprint)
     shapes = jax.eval_shape(lambda: adapter.factors())
-    template = adapter if isinstance(adapter, MoS) else None
+    template = _without_values(adapter) if isinstance(adapter, MoS) else None
     stored = sum(leaf.nbytes for leaf in jax.tree.leaves(adapter))
     return Kind(key, template, _ranks(shapes), stored)
 
@@ -139,6 +140,13 @@ def adapter_folders(folder: str | os.PathLike[str]) -> list[Path]:
     if not path.is_dir():
         raise InputError(f"{path} is not a folder; give one that holds a folder for each adapter")
     return sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def _without_values(adapter: MoS) -> MoS:
+    """The adapter with its routing tables, and of its trained arrays the shapes alone."""
+    graphdef, *states = nnx.split(adapter, nnx.Param, ...)
+    trained, frozen = states
+    return nnx.merge(graphdef, jax.eval_shape(lambda: trained), frozen)
 
 
 def _ranks(factors: Mapping[str, Any]) -> dict[str, int]:

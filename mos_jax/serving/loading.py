@@ -81,6 +81,11 @@ class Loader:
         self._thread: threading.Thread | None = None
         self._closed = threading.Event()
 
+    def check_open(self) -> None:
+        """Raises InputError once it is closed."""
+        if self._closed.is_set():
+            raise InputError("the bank is closed and reads no more tenants")
+
     def ask(self, name: str, what: Any) -> None:
         """Has a tenant read; `take` gives it back with `what`."""
         if self._thread is None:

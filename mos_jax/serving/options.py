@@ -18,8 +18,9 @@ class BankOptions:
     Attributes:
       slots: tenants on the device, of each slab.
       dtype: "float32" or "bfloat16", of pools and factors at rest.
-      assembly: "inside", rows are assembled inside the scan, straight from the slabs; or "cached",
-        from a cache of assembled factors, which a tenant enters when a row first uses it.
+      assembly: where rows of MoS get their factors: "cached", from a cache of assembled factors,
+        which a tenant enters when a row first uses it; or "inside" the scan, straight from the
+        pools, at every step.
       cached: tenants in that cache, at least as many as a batch can have.
       host_bytes: of checked arrays in host memory.
       factor_rank: the least rank of the slab of factors; above what the registered tenants need, it
@@ -29,7 +30,7 @@ class BankOptions:
 
     slots: int = 8
     dtype: str = "float32"
-    assembly: str = "inside"
+    assembly: str = "cached"
     cached: int = 8
     host_bytes: int = 1 << 30
     factor_rank: int = 0

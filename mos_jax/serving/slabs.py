@@ -135,7 +135,7 @@ class PoolSlab:
         """Allocates it, empty.
 
         Args:
-          template: one of the tenants, or an adapter built like them with their tables.
+          template: an adapter with the tenants' tables; its trained arrays may be abstract.
           slots: how many tenants.
           dtype: "float32" or "bfloat16".
 
@@ -154,7 +154,7 @@ class PoolSlab:
         for path, variable in arrays.items():
             if isinstance(variable, nnx.Param):
                 own = dtype if path[0] in POOLS else "float32"
-                params[path] = jnp.zeros((slots + 1, *variable[...].shape), own)
+                params[path] = jnp.zeros((slots + 1, *variable.get_value().shape), own)
             else:
                 frozen[path] = variable[...]
         self._rows = PoolRows(

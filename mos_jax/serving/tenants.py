@@ -117,8 +117,7 @@ class TenantBank:
     @property
     def names(self) -> tuple[str, ...]:
         """All tenants known, in the order they were registered."""
-        with self._lock:
-            return tuple(self._tenants)
+        return tuple(self._tenants)
 
     def register(self, name: str, folder: str | os.PathLike[str]) -> None:
         """Makes a tenant known; its arrays are read when it is first asked for.
@@ -199,8 +198,9 @@ class TenantBank:
             if sites:
                 store = FactorSlab(sites, options.slots, ranks, options.dtype)
                 lanes[FACTORS] = Lane(store, Slots(options.slots, "tenants held as factors"))
-            if options.assembly == "cached" and lanes:
-                slabs = [lane.slab for lane in lanes.values()]
+            slabs = [lane.slab for lane in lanes.values()]
+            # Factors alone are ready to be gathered where they lie.
+            if options.assembly == "cached" and any(isinstance(s, PoolSlab) for s in slabs):
                 self._cache = AssembledCache(self.sites, slabs, options.cached, options.dtype)
             self._lanes = lanes
 
@@ -216,7 +216,10 @@ class TenantBank:
         self.open()
         with self._lock:
             tenant, use = self._tenant(name), Use(self, name)
-            (slots := self._lane(tenant).slots).pin(name)
+            slots = self._lane(tenant).slots
+            if slots.place_of(name) is None:
+                self._loader.check_open()
+            slots.pin(name)
             self.counts["requests"] += 1
             if slots.place_of(name) is not None:
                 self.counts["hits"] += 1
@@ -317,9 +320,7 @@ class TenantBank:
             if self._cache is not None:
                 return self._cache.for_rows(names, places)
             sources = tuple(lane.slab.rows(at[key]) for key, lane in self._lanes.items())
-        if len(sources) > 1:
-            return SummedRows(sources)
-        return sources[0] if sources else None
+        return SummedRows(sources) if len(sources) > 1 else next(iter(sources), None)
 
     def is_resident(self, name: str) -> bool:
         """Whether a tenant is on the device. Raises InputError for an unknown one."""
@@ -328,24 +329,22 @@ class TenantBank:
             return self._lanes is not None and self._lane(tenant).slots.place_of(name) is not None
 
     def close(self) -> None:
-        """Ends the reading thread."""
+        """Ends the reading thread; what is on the device can still be used."""
         self._loader.close()
 
     @property
     def nbytes(self) -> int:
         """Bytes on the device, whatever comes and goes; see `loading.STAGED` for what is beside."""
-        lanes = (self._lanes or {}).values()
-        cache = self._cache.nbytes if self._cache is not None else 0
-        return sum(lane.slab.nbytes for lane in lanes) + cache
+        held = sum(lane.slab.nbytes for lane in (self._lanes or {}).values())
+        return held + (self._cache.nbytes if self._cache is not None else 0)
 
     def summary(self) -> dict[str, Any]:
         """Sizes and counts as JSON values: by slab, and of the tiers."""
         with self._lock:
-            lanes = list((self._lanes or {}).values())
             return {
                 "known": len(self._tenants),
                 "bytes": self.nbytes,
-                "slabs": [lane.summary() for lane in lanes],
+                "slabs": [lane.summary() for lane in (self._lanes or {}).values()],
                 "cache_bytes": self._cache.nbytes if self._cache is not None else 0,
                 "assembled": self._cache.assembled if self._cache is not None else 0,
                 "host": {"tenants": len(self.host), "bytes": self.host.nbytes},

@@ -36,9 +36,10 @@ def test_llama2_7b_by_hand():
     mos, equal_rank, claim, budget = found.fits
     assert mos.tenant_bytes == 2 * 2 * per_rank == 9_994_240
     tables = 2 * 7 * 32 * 8 * 2 * 4  # A and B, sites, blocks, r, l, bytes
-    assert mos.shared_bytes == mos.tenant_bytes + tables
+    factors = 2 * 8 * per_rank + 7 * 32 * 4
+    assert mos.shared_bytes == mos.tenant_bytes + tables + 5 * factors  # four rows, and the zeros
     assert mos.tenants == (found.free_bytes - mos.shared_bytes) // 9_994_240
-    assert equal_rank.tenant_bytes == 2 * 8 * per_rank + 7 * 32 * 4
+    assert equal_rank.tenant_bytes == factors
     assert claim.tenant_bytes == 2 * 16 * per_rank + 7 * 32 * 4
     assert "paper claims" in claim.why
     assert budget.tenant_bytes == 2 * 2 * per_rank + 7 * 32 * 4
@@ -46,7 +47,15 @@ def test_llama2_7b_by_hand():
         used = fit.shared_bytes + fit.tenants * fit.tenant_bytes
         assert used <= found.free_bytes < used + fit.tenant_bytes
     text = "\n".join(found.lines)
-    for number in (13_477_363_712, 2 * 2**30, 9_994_240, tables, mos.tenants, claim.tenants):
+    for number in (
+        5 * factors,
+        13_477_363_712,
+        2 * 2**30,
+        9_994_240,
+        tables,
+        mos.tenants,
+        claim.tenants,
+    ):
         assert f"{number:,}" in text
 
 
@@ -71,11 +80,15 @@ def test_the_base_as_it_is_loaded(dtype, quantize):
 )
 def test_pools_as_the_bank_allocates_them(tmp_path, config, dtype):
     tenants_in(tmp_path, a=config)
-    bank, _ = bank_of(tmp_path, slots=5, dtype=dtype)
-    bank.open()
     one, shared = pool_bytes(config, DECODER.sites, dtype)
+    bank, _ = bank_of(tmp_path, slots=5, dtype=dtype, assembly="inside")
+    bank.open()
     assert bank.nbytes == 6 * one + shared
-    bank.close()
+    if not config.rank_pattern:
+        bank, _ = bank_of(tmp_path, slots=5, dtype=dtype, cached=3)
+        bank.open()
+        factors = factor_bytes(config.rank, DECODER.sites, dtype)
+        assert bank.nbytes == 6 * one + shared + 4 * factors
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -84,7 +97,6 @@ def test_factors_as_the_bank_allocates_them(tmp_path, dtype):
     bank, _ = bank_of(tmp_path, slots=5, dtype=dtype)
     bank.open()
     assert bank.nbytes == 6 * factor_bytes(LORA.rank, DECODER.sites, dtype)
-    bank.close()
 
 
 def test_a_base_that_fills_the_memory_leaves_no_tenants():

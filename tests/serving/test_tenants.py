@@ -54,7 +54,7 @@ def opened(folder, request):
 
 
 class TestRows:
-    @pytest.mark.parametrize("opened", [{}, {"assembly": "cached"}], indirect=True)
+    @pytest.mark.parametrize("opened", [{}, {"assembly": "inside"}], indirect=True)
     def test_each_rows_factors_are_its_own_to_the_bit(self, opened):
         bank, adapters = opened
         with bank.using(*ROWS):
@@ -72,7 +72,7 @@ class TestRows:
                         assert not np.any(f.a[row, rank:])
                         assert not np.any(f.b[row, rank:])
 
-    @pytest.mark.parametrize("opened", [{}, {"assembly": "cached"}], indirect=True)
+    @pytest.mark.parametrize("opened", [{}, {"assembly": "inside"}], indirect=True)
     def test_logits_are_those_of_the_adapter_alone_whoever_its_neighbours_are(self, opened):
         bank, adapters = opened
         tokens = tokens_of(DECODER, rows=6)
@@ -106,7 +106,7 @@ class TestRows:
     def test_one_kind_alone_reads_only_the_shards_it_uses(self, tmp_path):
         """The slab is gathered from as a whole: no pool of a tenant is copied."""
         tenants_in(tmp_path, a=MOS)
-        bank, _ = bank_of(tmp_path, slots=3)
+        bank, _ = bank_of(tmp_path, slots=3, assembly="inside")
         with bank.using("a"):
             rows = bank.for_rows(["a", "a"])
         text = jax.jit(lambda rows: rows(jnp.int32(0))).lower(rows).as_text()
@@ -137,7 +137,7 @@ class TestTiers:
     @pytest.fixture
     def many(self, tmp_path):
         adapters = tenants_in(tmp_path, a=MOS, b=MOS, c=MOS)
-        bank, _ = bank_of(tmp_path, slots=2)
+        bank, _ = bank_of(tmp_path, slots=2, assembly="inside")
         yield bank, adapters, tmp_path
         bank.close()
 
@@ -226,6 +226,17 @@ class TestTiers:
         assert not bank.is_resident("a")
         bank.remove("a")
         assert bank.names == ("b", "c")
+
+    def test_a_closed_bank_reads_no_more(self, many):
+        bank, _, _ = many
+        with bank.using("a"):
+            pass
+        bank.close()
+        with bank.using("a"):
+            assert bank.for_rows(["a"]) is not None
+        with pytest.raises(InputError, match="the bank is closed and reads no more"):
+            bank.request("b")
+        assert bank.summary()["slabs"][0]["in_use"] == 0
 
     def test_programs_are_compiled_once_whoever_comes(self, many):
         bank, _, _ = many
