@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 GIB = 2**30
+# Ends of lines closer than this factor have no room for a label between them.
+NEAR = 1.4
 
 
 @styled
@@ -46,18 +48,19 @@ def capacity_picture(found: Capacity) -> Figure:
             linewidth=4 if fit is found.fits[0] else 1.8,
             label=f"{fit.name}, {in_gib(fit.tenant_bytes)} each: {fit.why}",
         )  # fmt: skip
-    written = set()
-    for fit in found.fits:
-        if fit.tenants and fit.tenants not in written:
-            written.add(fit.tenants)
-            axes.plot(
-                fit.tenants, usable / GIB, styles[fit.name].marker, markersize=7,
-                color=styles[fit.name].colour,
-            )  # fmt: skip
-            axes.annotate(
-                f"{fit.tenants:,}", (fit.tenants, usable / GIB), xytext=(0, 7), ha="center",
-                textcoords="offset points", color=styles[fit.name].colour, fontweight="bold",
-            )  # fmt: skip
+    # One label for each place, those of near neighbours to either side.
+    ends = {fit.tenants: fit for fit in reversed(found.fits) if fit.tenants}
+    places = sorted(ends)
+    for i, tenants in enumerate(places):
+        above = i > 0 and tenants < NEAR * places[i - 1]
+        below = i + 1 < len(places) and places[i + 1] < NEAR * tenants
+        colour = styles[ends[tenants].name].colour
+        axes.plot(tenants, usable / GIB, styles[ends[tenants].name].marker, color=colour, ms=7)
+        axes.annotate(
+            f"{tenants:,}", (tenants, usable / GIB), xytext=(2 if above else -2 * below, 7),
+            textcoords="offset points", ha="left" if above else "right" if below else "center",
+            color=colour, fontweight="bold",
+        )  # fmt: skip
     axes.axhspan(usable / GIB, server.memory / GIB, color=PALE, alpha=0.6, linewidth=0)
     axes.text(
         0.01, server.memory / GIB, f"reserve, {server.reserve:.0%} of {in_gib(server.memory)}",
