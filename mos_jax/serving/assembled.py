@@ -63,7 +63,7 @@ class AssembledCache:
                 # The oldest is none of this batch: those were moved to the end, and all fit.
                 at = self._free.pop() if self._free else self._place.popitem(last=False)[1]
                 self._place[name] = at
-                self._store.take(at, slab.factors(slot))
+                self._store.take(at, slab, slot)
                 self.assembled += 1
         slots = [0 if name == BASE_NAME else self._place[name] for name in names]
         return self._store.rows(np.asarray(slots, np.int32))

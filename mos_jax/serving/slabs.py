@@ -231,9 +231,10 @@ class PoolSlab:
         """The factors of rows that use these slots, int32 [B]."""
         return dataclasses.replace(self._rows, slots=jnp.asarray(slots.astype(np.int32)))
 
-    def factors(self, slot: int) -> Factors:
-        """The factors of one tenant, all blocks."""
-        return _whole(self._rows, np.int32(slot))
+    @property
+    def source(self) -> PoolRows:
+        """What `FactorSlab.take` takes a tenant from."""
+        return self._rows
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -243,11 +244,6 @@ def _write(
     entry: dict[tuple[str, ...], Any],
 ) -> dict[tuple[str, ...], jax.Array]:
     return {path: array.at[slot].set(entry[path]) for path, array in whole.items()}
-
-
-@jax.jit
-def _whole(rows: PoolRows, slot: np.int32 | jax.Array) -> Factors:
-    return rows.whole(jnp.asarray(slot))
 
 
 class FactorSlab:
@@ -279,17 +275,22 @@ class FactorSlab:
         """The factors of rows that use these slots, int32 [B]."""
         return self._store.rows(slots)
 
-    def factors(self, slot: int) -> Factors:
-        """The factors of one tenant, all blocks, with the slab's ranks."""
-        return {
-            name: LowRank(f.a[:, slot], f.b[:, slot], f.scale[:, slot], f.layers)
-            for name, f in self._store.factors.items()
-        }
+    @property
+    def source(self) -> Factors:
+        """What `take` takes a tenant from."""
+        return self._store.factors
 
-    def take(self, slot: int, factors: Factors) -> None:
-        """Overwrites one slot with factors that lie on the device, of the same or lower ranks."""
-        entry = _placed(factors, tuple(self.sites.items()), tuple(self.rank.items()), self.dtype)
-        self.write(slot, entry)
+    def take(self, at: int, slab: Slab, slot: int) -> None:
+        """Overwrites slot `at` with the factors of a tenant of another slab, in one program."""
+        self._store.factors = _take(
+            self._store.factors,
+            slab.source,
+            np.int32(slot),
+            np.int32(at),
+            tuple(self.sites.items()),
+            tuple(self.rank.items()),
+            self.dtype,
+        )
 
     @property
     def dtype(self) -> str:
@@ -297,7 +298,28 @@ class FactorSlab:
         return self._store.dtype
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+@functools.partial(jax.jit, static_argnums=(4, 5, 6), donate_argnums=0)
+def _take(
+    store: Factors,
+    source: PoolRows | Factors,
+    slot: np.int32 | jax.Array,
+    at: np.int32 | jax.Array,
+    sites: tuple[tuple[str, SiteShape], ...],
+    ranks: tuple[tuple[str, int], ...],
+    dtype: str,
+) -> Factors:
+    """The store, in its own memory, with the tenant in `slot` of `source` in slot `at`."""
+    if isinstance(source, PoolRows):
+        factors = source.whole(jnp.asarray(slot))
+    else:
+        factors = {
+            name: LowRank(f.a[:, slot], f.b[:, slot], f.scale[:, slot], f.layers)
+            for name, f in source.items()
+        }
+    entry = _placed(factors, sites, ranks, dtype)
+    return jax.tree.map(lambda whole, new: whole.at[:, at].set(new), store, entry)
+
+
 def _placed(
     factors: Factors,
     sites: tuple[tuple[str, SiteShape], ...],

@@ -263,7 +263,10 @@ class TestTiers:
             for name in "abba":
                 f = bank.for_rows([name])(1)["k_proj"]
                 np.testing.assert_array_equal(f.b[0], adapters[name].factors(1)["k_proj"].b)
-        assert bank.summary()["assembled"] == 3
+            before = bank.for_rows(["a"])
+            bank.for_rows(["b"])  # entered in the cache's own memory
+            assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.bank))
+        assert bank.summary()["assembled"] == 4
         bank.remove("a")
         save_adapter(tmp_path / "a", adapters["b"], base_fingerprint=FINGERPRINT)
         bank.register("a", tmp_path / "a")
