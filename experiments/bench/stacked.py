@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -89,7 +90,7 @@ class Program:
             lambda trained, key: initial_state(trained, optimizer, key), trained, jax.random.key(0)
         )
         arguments = [state, parts, model, jax.tree.map(_shape_of, batch)]
-        make = make_train_step
+        make: Callable[..., jax.stages.Wrapped] = make_train_step
         if runs:
             make = make_stacked_step
             for place in (0, 1, 3):

@@ -9,15 +9,18 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from mos_jax.adapters.sites import SiteShape
 from mos_jax.errors import InputError, naming, suggest
 from mos_jax.models import gguf, huggingface, packaged, tiny
 from mos_jax.models.config import SITES, DecoderConfig
 from mos_jax.models.decoder import Decoder
-from mos_jax.models.fingerprint import Sampler, fingerprint, sampled_entries
+from mos_jax.models.fingerprint import Sampler, fingerprint, sample_array
 from mos_jax.models.layout import weight_dtype
 from mos_jax.models.placing import (
     ArrayReader,
@@ -82,8 +85,7 @@ class Base:
             if is_quantized(weight) and name in self.samples:
                 samples[name] = self.samples[name]
             else:
-                entries = sampled_entries(weight.shape)
-                samples[name] = np.asarray(self.model.weight(name)[entries])
+                samples[name] = sample_array(self.model.weight(name))
         return fingerprint(self.config, samples)
 
 
@@ -142,6 +144,7 @@ def load_base(
     remat: str = "products",
     quantize: str | None = None,
     shardings: Shardings | None = None,
+    mesh: Mesh | None = None,
 ) -> Base:
     """Loads a base, part by part from its file to its devices.
 
@@ -159,6 +162,7 @@ def load_base(
         `DecoderConfig.weight_shapes`) and shape that returns a `jax.sharding.Sharding`, or a
         mapping from every name to one. A quantised weight's codes and scales have the sharding of
         the weight. Default: the default device.
+      mesh: what the computation is divided over; the shardings are on it. Default: none.
 
     Raises:
       InputError: for an unknown name (with the nearest), a missing, truncated or foreign file, an
@@ -192,7 +196,48 @@ def load_base(
             sample = sampler.sample() if sampler else None
             if sample is not None:
                 samples[weight] = sample
-    return Base(os.fspath(name), Decoder(source.config, weights, remat), source.tokenizer, samples)
+    model = Decoder(source.config, weights, remat, mesh)
+    return Base(os.fspath(name), model, source.tokenizer, samples)
+
+
+def outline_base(
+    name: str | os.PathLike[str],
+    dtype: str = "float32",
+    remat: str = "products",
+    quantize: str | None = None,
+    shardings: Shardings | None = None,
+    mesh: Mesh | None = None,
+) -> Base:
+    """A base without numbers, to compile for: each weight is a `jax.ShapeDtypeStruct`.
+
+    Its file is opened and its tensors are checked by name and shape; no weight is read or
+    allocated. Arguments and errors are those of `load_base`.
+    """
+    if dtype not in DTYPES:
+        raise InputError(f"unknown dtype {dtype!r}; {suggest(dtype, DTYPES)}")
+    scheme = find_scheme(quantize)
+    source = _find_source(name)
+    shapes = source.config.weight_shapes()
+    check_names(shardings, list(shapes))
+    with source.open_weights():
+        pass
+    weights: dict[str, Weight] = {}
+    for weight, shape in shapes.items():
+        coded = scheme is not None and weight.removeprefix("blocks/") in SITES
+        kind = np.dtype(np.float32) if coded else weight_dtype(weight, dtype)
+        stored: Any = jax.ShapeDtypeStruct(shape, kind)
+        if scheme is not None and coded:
+            with naming(name):
+                check_divides(weight, shape[-2])
+            stored = jax.eval_shape(lambda x: scheme.build(*scheme.encode(x)), stored)
+        sharding = choose_sharding(shardings, weight, shape)
+        weights[weight] = jax.tree.map(functools.partial(_placed, sharding), stored)
+    model = Decoder(source.config, weights, remat, mesh)
+    return Base(os.fspath(name), model, source.tokenizer)
+
+
+def _placed(sharding: Any, struct: Any) -> Any:
+    return jax.ShapeDtypeStruct(struct.shape, struct.dtype, sharding=sharding)
 
 
 def _find_source(name: str | os.PathLike[str]) -> Source:

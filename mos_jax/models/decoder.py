@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from mos_jax.adapters.adapter import Frozen
 from mos_jax.adapters.low_rank import LowRank
@@ -27,6 +28,16 @@ from mos_jax.models.blocks import add_attention, add_mlp, queries_keys_values, r
 from mos_jax.models.config import DecoderConfig
 from mos_jax.models.projection import Dropout, Factors, Projector, layer_dropout
 from mos_jax.models.quantized import Weight, dequantize, scheme_of
+from mos_jax.models.sharding import (
+    DATA,
+    FSDP,
+    ROWS,
+    TENSOR,
+    constrain,
+    constrain_factors,
+    gather_factors,
+    per_shard,
+)
 from mos_jax.models.windows import layer_flags, layer_views
 
 FactorsSource = Factors | Callable[[jax.Array], Factors] | None
@@ -62,15 +73,22 @@ class Decoder(nnx.Module):
         those of sites may be quantised, see `quantized.py`: read their numbers with `weight`.
       final_norm: fp32 [d].
       head: [d, V], or None when tied to `embed`.
+      mesh: of devices that the weights and the computation are divided over, see `sharding.py`;
+        None: one device.
     """
 
     def __init__(
-        self, config: DecoderConfig, weights: Mapping[str, Weight], remat: str = "products"
+        self,
+        config: DecoderConfig,
+        weights: Mapping[str, Weight],
+        remat: str = "products",
+        mesh: Mesh | None = None,
     ):
         if remat not in REMAT_POLICIES:
             raise InputError(f"unknown remat policy {remat!r}; {suggest(remat, REMAT_POLICIES)}")
         self.config = config
         self.remat = remat
+        self.mesh = mesh
         self.embed = Frozen(weights["embed"])
         self.blocks = nnx.Dict(
             {
@@ -160,7 +178,10 @@ class Decoder(nnx.Module):
     @strict
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:
         """Embeds tokens, int32 [B, S] -> [B, S, d], scaled where the family scales them."""
-        embedded = self.embed[...][tokens]
+        # With the weight divided along d, rows are gathered to look tokens up, not the weight.
+        embedded = self.embed[...][constrain(tokens, self.mesh, DATA, None)]
+        embedded = constrain(embedded, self.mesh, DATA, None, FSDP)
+        embedded = constrain(embedded, self.mesh, ROWS, None, None)
         scale = self.config.embed_scale
         return embedded if scale is None else embedded * jnp.asarray(scale, embedded.dtype)
 
@@ -188,9 +209,10 @@ class Decoder(nnx.Module):
             layer, windowed, weights, low_rank = scanned
             mask, rope = view(windowed)
             low_rank = low_rank if assemble is None else assemble(layer)
-            project = Projector(weights, low_rank, layer_dropout(dropout, layer))
+            x = constrain(x, self.mesh, ROWS, None)
+            project = self._projector(weights, low_rank, layer_dropout(dropout, layer))
             q, k, v = queries_keys_values(self.config, project, x, rope)
-            attended = attend(q, k, v, mask, self.config.query_scale)
+            attended = self._attend(q, k, v, mask)
             x = add_attention(self.config, project, x, attended)
             return add_mlp(self.config, project, x), None
 
@@ -210,14 +232,15 @@ class Decoder(nnx.Module):
     @strict
     def logits(self, hidden: jax.Array) -> jax.Array:
         """The head: [..., d] -> fp32 [..., V]."""
-        flat = hidden.reshape(-1, hidden.shape[-1])
+        flat = constrain(hidden.reshape(-1, hidden.shape[-1]), self.mesh, ROWS, None)
         if self.head is None:
-            weight, axis = self.embed[...], 1
+            weight, axis = constrain(self.embed[...], self.mesh, TENSOR, None), 1
         else:
-            weight, axis = self.head[...], 0
+            weight, axis = constrain(self.head[...], self.mesh, None, TENSOR), 0
         logits = jax.lax.dot_general(
             flat, weight, (((1,), (axis,)), ((), ())), preferred_element_type=jnp.float32
         )
+        logits = constrain(logits, self.mesh, ROWS, TENSOR)
         return logits.reshape(*hidden.shape[:-1], logits.shape[-1])
 
     def empty_cache(self, batch: int, slots: int) -> Cache:
@@ -253,14 +276,13 @@ class Decoder(nnx.Module):
             layer, windowed, weights, low_rank = scanned
             mask, rope = view(windowed)
             low_rank = low_rank if assemble is None else assemble(layer)
-            project = Projector(weights, low_rank, None)
+            project = self._projector(weights, low_rank, None)
             q, k, v = queries_keys_values(self.config, project, x, rope)
             cache = Cache(
                 cache.k.at[layer, rows, positions].set(k),
                 cache.v.at[layer, rows, positions].set(v),
             )
-            scale = self.config.query_scale
-            attended = attend(q, cache.k[layer], cache.v[layer], mask, scale)
+            attended = self._attend(q, cache.k[layer], cache.v[layer], mask)
             x = add_attention(self.config, project, x, attended)
             return (add_mlp(self.config, project, x), cache), None
 
@@ -269,6 +291,25 @@ class Decoder(nnx.Module):
         (x, cache), _ = jax.lax.scan(body, (x, cache), (*self._layers(), low_rank))
         x = rms_norm(x, self.final_norm[...], self.config.rms_eps)
         return x.reshape(batch, length, self.config.d_model), cache
+
+    def _projector(
+        self,
+        weights: Mapping[str, Any],
+        low_rank: Factors,
+        dropout: Callable[[str, jax.Array], jax.Array] | None,
+    ) -> Projector:
+        if self.mesh is not None:
+            low_rank = {n: gather_factors(f, self.mesh, n) for n, f in low_rank.items()}
+        return Projector(weights, low_rank, dropout, self.mesh)
+
+    def _attend(self, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+        """`attend`; on a mesh every device has its rows and its heads to itself."""
+        heads = (ROWS, None, TENSOR, None)
+
+        def own(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+            return attend(q, k, v, mask, self.config.query_scale)
+
+        return per_shard(own, self.mesh, heads, heads, heads, (ROWS, None, None))(q, k, v, mask)
 
     def _layers(self) -> tuple[jax.Array, jax.Array | None, dict[str, Weight]]:
         """Index, window flag and weights of the layers, to scan over."""
@@ -306,7 +347,8 @@ class Decoder(nnx.Module):
                     f"{site.d_in} -> {site.d_out}"
                 )
         depth = self.config.num_layers
-        return None, {name: f.for_all_layers(depth) for name, f in factors.items()}
+        every = {name: f.for_all_layers(depth) for name, f in factors.items()}
+        return None, {name: constrain_factors(f, self.mesh, name) for name, f in every.items()}
 
     def _site(self, name: str) -> SiteShape:
         sites = self.sites

@@ -6,9 +6,11 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 
+import jax
 import ml_dtypes
 import numpy as np
 
+from mos_jax.errors import InputError
 from mos_jax.models.config import DecoderConfig
 from mos_jax.models.layout import Index
 
@@ -47,6 +49,24 @@ class Sampler:
     def sample(self) -> np.ndarray | None:
         """The sample; None while parts are missing, as where other hosts read them."""
         return self._values if self._seen.all() else None
+
+
+def sample_array(weight: jax.Array | np.ndarray) -> np.ndarray:
+    """The sample of a weight, each entry from a device of this host that holds it."""
+    shards = weight.addressable_shards if isinstance(weight, jax.Array) else []
+    if len(shards) < 2:
+        return np.asarray(weight[sampled_entries(weight.shape)])
+    sampler = Sampler(weight.shape)
+    for shard in shards:
+        axes = zip(shard.index, weight.shape, strict=True)
+        sampler.see(tuple(slice(*axis.indices(size)[:2]) for axis, size in axes), shard.data)
+    sample = sampler.sample()
+    if sample is None:
+        raise InputError(
+            f"a weight of shape {list(weight.shape)} is not whole on this host, so it has no "
+            "fingerprint here"
+        )
+    return sample
 
 
 def fingerprint(config: DecoderConfig, samples: Mapping[str, np.ndarray]) -> str:

@@ -10,10 +10,11 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
 
 from mos_jax.adapters.adapter import site_key
 from mos_jax.adapters.low_rank import LowRank, from_rank, to_rank
-from mos_jax.models.dense import dense
+from mos_jax.models.dense import dense, dense_on_mesh
 
 Factors = Mapping[str, LowRank]
 Dropout = tuple[jax.Array, jax.Array | float]
@@ -27,14 +28,19 @@ class Projector:
         weights: Mapping[str, jax.Array],
         factors: Factors,
         dropout: Callable[[str, jax.Array], jax.Array] | None,
+        mesh: Mesh | None = None,
     ):
         self.weights = weights
         self._factors = factors
         self._dropout = dropout
+        self._mesh = mesh
 
     def __call__(self, x: jax.Array, *names: str) -> list[jax.Array]:
         """Applies the layers `names` to the same input: [N, d_in] -> [N, d_out] each."""
-        outputs = [dense(x, self.weights[name]) for name in names]
+        if self._mesh is None:
+            outputs = [dense(x, self.weights[name]) for name in names]
+        else:
+            outputs = [dense_on_mesh(x, self.weights[name], self._mesh, name) for name in names]
         adapted = [i for i, name in enumerate(names) if name in self._factors]
         if self._dropout is not None:
             for i in adapted:

@@ -13,8 +13,9 @@ from typing import Any, Literal
 from mos_jax.adapters.methods import count_parameters
 from mos_jax.errors import InputError, suggest
 from mos_jax.sweeps.combinators import ARM, Item
-from mos_jax.training.config import RunConfig, Section, TrainingSection, default_adapter
-from mos_jax.training.session import Loads
+from mos_jax.training.config import RunConfig, TrainingSection, default_adapter
+from mos_jax.training.section import Section
+from mos_jax.training.session import Loads, find_placement
 
 TUNING_METRICS = ("loss", "accuracy")
 # Tuning draws its seeds from here on: a rate must not be chosen by the luck of a run that counts.
@@ -224,7 +225,7 @@ class Sweep:
         for one in self.arms:
             config = self._run(one, "final", 0, one.learning_rates[0]).config
             try:
-                base = loads.base(config.base)
+                base = loads.base(config.base, find_placement(config))
                 adapted = config.sites.select(base.sites)
                 counts[one.name] = sum(count_parameters(config.adapter, adapted).values())
                 # Or a mistyped path would be found by every run in turn, and recorded each time.

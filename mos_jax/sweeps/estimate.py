@@ -16,7 +16,7 @@ from mos_jax.data.load import Data
 from mos_jax.models.base import Base
 from mos_jax.sweeps.definition import Sweep, SweepRun
 from mos_jax.training.config import RunConfig
-from mos_jax.training.session import Loads
+from mos_jax.training.session import Loads, find_placement
 
 # Of a plain product's rate, what a whole step reaches (measured with SmolLM2 on 2 CPU cores).
 STEP_EFFICIENCY = 0.8
@@ -103,7 +103,7 @@ def sweep_costs(sweep: Sweep, loads: Loads) -> list[tuple[SweepRun, Cost]]:
     for run in sweep.every_run():
         key = (run.arm, run.stage)
         if key not in known:
-            base = loads.base(run.config.base)
+            base = loads.base(run.config.base, find_placement(run.config))
             data = loads.data(run.config.data, base)
             known[key] = run_cost(run.config, base, data, "test" if run.stage == "final" else "")
         found.append((run, known[key]))

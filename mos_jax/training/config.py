@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import typing
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
@@ -21,53 +20,15 @@ from mos_jax.adapters.sites import Sites, SiteShape, select_sites
 from mos_jax.data.config import DataConfig
 from mos_jax.errors import InputError, suggest
 from mos_jax.models.quantized import SCHEMES
+from mos_jax.training.section import Section, at_least
 
 SCHEDULES = ("linear", "cosine", "constant")
 # Fields that may differ when a run is resumed: none changes what was computed so far.
-MAY_CHANGE = ("training.steps", "evaluation", "logging", "checkpoint")
+MAY_CHANGE = ("training.steps", "evaluation", "logging", "checkpoint", "mesh")
 
 
 # Fields of an adapter that map names to values.
 PATTERNS = {"rank_pattern", "alpha_pattern"}
-
-
-class Section:
-    """A section of the configuration; subclasses are frozen dataclasses."""
-
-    @classmethod
-    def from_mapping(cls, name: str, fields: Mapping[str, Any]) -> Self:
-        """Builds the section from a mapping.
-
-        Raises:
-          InputError: for an unknown field (with the nearest name), a value of another type than
-            the field's, or a value out of range.
-        """
-        known = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        for key, value in fields.items():
-            if key not in known:
-                raise InputError(f"config: unknown field {name}.{key}; {suggest(key, known)}")
-            default = known[key].default
-            wrong = (
-                isinstance(value, bool) != isinstance(default, bool)
-                or (isinstance(default, int) and not isinstance(value, int))
-                or (isinstance(default, float) and not isinstance(value, (int, float)))
-                or (isinstance(default, str) and not isinstance(value, str))
-            )
-            if default is not None and wrong:
-                raise InputError(
-                    f"config: {name}.{key} must be of type {type(default).__name__}, got {value!r}"
-                )
-        section = cls(**fields)
-        section.check(name)
-        return section
-
-    def check(self, name: str) -> None:
-        """Raises InputError for values out of range."""
-
-
-def _at_least(name: str, value: float, minimum: float) -> None:
-    if not (math.isfinite(value) and value >= minimum):
-        raise InputError(f"config: {name} must be at least {minimum}, got {value!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +132,7 @@ class TrainingSection(Section):
             ("steps", 1), ("learning_rate", 0), ("weight_decay", 0), ("clip_norm", 0),
             ("eps", 0), ("accumulation", 1), ("seed", 0),
         ):  # fmt: skip
-            _at_least(f"{name}.{field}", getattr(self, field), minimum)
+            at_least(f"{name}.{field}", getattr(self, field), minimum)
         for field in ("dropout", "warmup_share", "b1", "b2"):
             value = getattr(self, field)
             if not 0 <= value < 1:
@@ -199,7 +160,7 @@ class EvaluationSection(Section):
     def check(self, name: str) -> None:
         """See base class."""
         for field, minimum in (("every", 0), ("samples", 0), ("max_new_tokens", 1)):
-            _at_least(f"{name}.{field}", getattr(self, field), minimum)
+            at_least(f"{name}.{field}", getattr(self, field), minimum)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,7 +179,7 @@ class LoggingSection(Section):
 
     def check(self, name: str) -> None:
         """See base class."""
-        _at_least(f"{name}.every", self.every, 1)
+        at_least(f"{name}.every", self.every, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,8 +196,30 @@ class CheckpointSection(Section):
 
     def check(self, name: str) -> None:
         """See base class."""
-        _at_least(f"{name}.every", self.every, 1)
-        _at_least(f"{name}.keep", self.keep, 1)
+        at_least(f"{name}.every", self.every, 1)
+        at_least(f"{name}.keep", self.keep, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshSection(Section):
+    """Which devices do the work: see docs/meshes.md. All sizes 1: one device does.
+
+    Attributes:
+      data: copies of the base, each with its share of a batch's rows; -1 = what is left.
+      fsdp: devices that divide a base's weights and its rows between them; -1 = what is left.
+      tensor: devices that divide the work on each token; -1 = what is left.
+      shard_above_mib: size of an array of the adapter or its optimiser up to which every device
+        holds it whole; a larger one is divided over `fsdp`.
+    """
+
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+    shard_above_mib: float = 16.0
+
+    def check(self, name: str) -> None:
+        """See base class."""
+        at_least(f"{name}.shard_above_mib", self.shard_above_mib, 0)
 
 
 SECTIONS: dict[str, type[Section]] = {
@@ -246,6 +229,7 @@ SECTIONS: dict[str, type[Section]] = {
     "evaluation": EvaluationSection,
     "logging": LoggingSection,
     "checkpoint": CheckpointSection,
+    "mesh": MeshSection,
 }
 
 
@@ -261,6 +245,7 @@ class RunConfig:
     evaluation: EvaluationSection
     logging: LoggingSection
     checkpoint: CheckpointSection
+    mesh: MeshSection
 
     @classmethod
     def from_mapping(cls, config: Mapping[str, Any]) -> RunConfig:

@@ -247,9 +247,8 @@ class _SingleLoop(Loop):
         self.loader = session.data.loader(section.seed, section.accumulation)
         self.state, self.parts = session.initial()
         if self.first:
-            self.state, self.parts, position = checkpoints.restore(
-                self.first, self.state, session.adapter
-            )
+            state, parts, position = checkpoints.restore(self.first, self.state, session.adapter)
+            self.state, self.parts = session.place(state, parts)
             self.loader.set_state(position)
 
     def logs(self) -> list[RunLog]:
@@ -257,7 +256,7 @@ class _SingleLoop(Loop):
 
     def next_batch(self) -> tuple[Batch, list[int]]:
         batch = next(self.loader)
-        return batch, [count_tokens(batch)]
+        return self.session.place_batch(batch), [count_tokens(batch)]
 
     def train_step(self) -> jax.stages.Wrapped:
         return self.session.train_step()

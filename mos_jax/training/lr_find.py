@@ -217,7 +217,7 @@ def run_range_test(
     with Reporter([_Unwritten()], config.logging, steps, 0, console, "range test") as reporter:
         for step in range(steps):
             batch = source[step]
-            state, metrics = step_function(state, parts, model, batch)
+            state, metrics = step_function(state, parts, model, session.place_batch(batch))
             loss = float(metrics["loss"])
             if not math.isfinite(loss):
                 stopped = f"the loss was {loss} at step {step + 1}"

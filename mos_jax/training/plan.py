@@ -2,35 +2,42 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
 from rich.console import Console
 from rich.table import Table
 
+from mos_jax.data.batches import Batch
+from mos_jax.distributed.table import array_lines, base_lines, batch_lines, print_lines
+from mos_jax.models.base import outline_base
 from mos_jax.training.config import RunConfig
-from mos_jax.training.session import Session
+from mos_jax.training.session import Loads, Session
+from mos_jax.training.step import AdapterParts, TrainState
 
 
 def plan(config: RunConfig) -> dict[str, Any]:
-    """Builds everything, compiles the step, and runs nothing.
+    """Builds everything but the base's weights, compiles the step, and runs nothing.
 
     Returns:
       `base`: its name, dtype and quantisation; `sites`: by site type its L, d_in, d_out, `ranks`
       by block, largest rank and trained parameters; `shared`, the trained parameters that belong
       to no single site type; `budget`, see `Session.budget`; `bytes` of base, adapter (with its
-      frozen part), optimizer, batch and activations (the compiled step's temporaries); `data`, see
-      `Data.report`.
+      frozen part), optimizer, batch and activations (the compiled step's temporaries), on each
+      device; `mesh`, on a mesh the sizes of its axes and a `Line` for each array, else None;
+      `data`, see `Data.report`.
 
     Raises:
       InputError: as for training.
     """
-    session = Session.create(config)
+    session = Session.create(config, Loads(outline_base))
     state, parts = session.initial()
     adapter, model = session.adapter, session.base.model
     section = config.training
     batch = session.data.source(section.seed, section.accumulation)[0]
-    compiled = session.train_step().lower(state, parts, model, batch).compile()
+    placed = session.place_batch(batch)
+    compiled = session.train_step().lower(state, parts, model, placed).compile()
     memory = compiled.memory_analysis()
     counts = adapter.count_trained_by_site()
     factors = jax.eval_shape(lambda adapter: adapter.factors(), adapter)
@@ -38,7 +45,7 @@ def plan(config: RunConfig) -> dict[str, Any]:
         "base": {
             "name": session.base.name,
             "dtype": session.base.dtype,
-            "quantization": session.base.quantization,
+            "quantization": config.base.quantize,
         },
         "sites": {
             name: {
@@ -55,11 +62,12 @@ def plan(config: RunConfig) -> dict[str, Any]:
         "budget": session.budget(),
         "bytes": {
             "base": _bytes(model),
-            "adapter": _bytes(adapter),
+            "adapter": _bytes(state.trained) + _bytes(parts),
             "optimizer": _bytes(state.optimizer),
-            "batch": _bytes(batch),
+            "batch": _bytes(placed),
             "activations": memory.temp_size_in_bytes,
         },
+        "mesh": _mesh(session, state, parts, batch),
         "adapter": adapter.summary(),
         "data": session.data.report(),
     }
@@ -94,7 +102,9 @@ def print_plan(config: RunConfig, console: Console) -> None:
             "layer draws.",
             highlight=False,
         )
-    memory = Table("memory", "MiB")
+    if found["mesh"] is not None:
+        print_lines(found["mesh"]["lines"], found["mesh"]["sizes"], console)
+    memory = Table("memory" if found["mesh"] is None else "memory of each device", "MiB")
     memory.columns[1].justify = "right"
     base = found["base"]
     for name, size in found["bytes"].items():
@@ -112,5 +122,28 @@ def print_plan(config: RunConfig, console: Console) -> None:
     )
 
 
+def _mesh(
+    session: Session, state: TrainState, parts: AdapterParts, batch: Batch
+) -> dict[str, Any] | None:
+    if session.placement is None:
+        return None
+    sizes = dict(session.placement.mesh.shape)
+    above, base = session.placement.shard_above, session.config.base
+    groups = {"trained": state.trained, "frozen": parts.frozen, "optimizer": state.optimizer}
+    lines = base_lines(session.base.config, base.dtype, base.quantize, sizes)
+    for group, tree in groups.items():
+        lines += array_lines(group, tree, sizes, above)
+    return {"sizes": sizes, "lines": lines + batch_lines(batch, sizes)}
+
+
 def _bytes(tree: Any) -> int:
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+    """Bytes on each device."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape) if _divided(leaf) else leaf.shape)
+        * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def _divided(leaf: Any) -> bool:
+    return getattr(leaf, "sharding", None) is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,8 +14,11 @@ from mos_jax.adapters.adapter import Adapter
 from mos_jax.adapters.lora import LoRAConfig
 from mos_jax.adapters.methods import count_parameters, create_adapter
 from mos_jax.adapters.sites import Sites
+from mos_jax.data.batches import Batch
 from mos_jax.data.config import DataConfig
 from mos_jax.data.load import Data, load_data
+from mos_jax.distributed.mesh import make_mesh, resolve_sizes
+from mos_jax.distributed.partition import Placement, check_rows
 from mos_jax.models.base import Base, load_base
 from mos_jax.training.config import BaseSection, RunConfig
 from mos_jax.training.optimizer import make_optimizer
@@ -24,17 +28,27 @@ from mos_jax.training.step import AdapterParts, TrainState, initial_state, make_
 class Loads:
     """Loads bases and data, and remembers the last of each for the next run of one process."""
 
-    def __init__(self) -> None:
-        self._base: tuple[BaseSection, Base] | None = None
+    def __init__(self, load: Callable[..., Base] = load_base) -> None:
+        """Loads with `load`: `load_base`, or `outline_base` where nothing shall be run."""
+        self._load = load
+        self._base: tuple[tuple[BaseSection, Placement | None], Base] | None = None
         self._data: tuple[str, Data] | None = None
 
-    def base(self, section: BaseSection) -> Base:
-        """The base of `section`. Raises InputError."""
-        if self._base is None or self._base[0] != section:
+    def base(self, section: BaseSection, placement: Placement | None = None) -> Base:
+        """The base of `section`, on one device or placed on a mesh. Raises InputError."""
+        key = section, placement
+        if self._base is None or self._base[0] != key:
             # Let go first: two bases would not fit where one does.
             self._base = self._data = None
-            base = load_base(section.name, section.dtype, section.remat, section.quantize)
-            self._base = section, base
+            base = self._load(
+                section.name,
+                section.dtype,
+                section.remat,
+                section.quantize,
+                placement and placement.weights(section.quantize),
+                placement and placement.mesh,
+            )
+            self._base = key, base
         return self._base[1]
 
     def data(self, config: DataConfig, base: Base) -> Data:
@@ -55,6 +69,7 @@ class Session:
       adapter: freshly initialised.
       data: the task, tokenised.
       optimizer: the optimiser.
+      placement: where everything lies on a mesh; None: one device.
     """
 
     config: RunConfig
@@ -62,6 +77,7 @@ class Session:
     adapter: Adapter
     data: Data
     optimizer: optax.GradientTransformation
+    placement: Placement | None = None
 
     @classmethod
     def create(cls, config: RunConfig, loads: Loads | None = None) -> Session:
@@ -72,25 +88,38 @@ class Session:
           loads: where base and data come from; a shared one spares runs in a row the loading.
         """
         loads = Loads() if loads is None else loads
+        placement = find_placement(config)
         # The cheap things that a user may get wrong first: sites need the base, data its tokenizer.
-        base = loads.base(config.base)
+        base = loads.base(config.base, placement)
         sites = config.sites.select(base.sites)
         init_key, _ = _keys(config)
         adapter = create_adapter(config.adapter, sites, init_key)
         data = loads.data(config.data, base)
         optimizer = make_optimizer(config.training, config.adapter.rate_ratios())
-        return cls(config, base, adapter, data, optimizer)
+        return cls(config, base, adapter, data, optimizer, placement)
 
     def initial(self) -> tuple[TrainState, AdapterParts]:
         """The state before the first step, and the adapter's parts."""
         parts, trained = AdapterParts.split(self.adapter)
         _, dropout_key = _keys(self.config)
-        return initial_state(trained, self.optimizer, dropout_key), parts
+        return self.place(initial_state(trained, self.optimizer, dropout_key), parts)
+
+    def place(self, state: TrainState, parts: AdapterParts) -> tuple[TrainState, AdapterParts]:
+        """Moves a state and an adapter's parts to where they lie on the mesh, if there is one."""
+        if self.placement is None:
+            return state, parts
+        return self.placement.place(state), self.placement.place(parts)
+
+    def place_batch(self, batch: Batch) -> Batch:
+        """Gives every device of the mesh, if there is one, its rows of a batch."""
+        return batch if self.placement is None else self.placement.place_batch(batch)
 
     def train_step(self) -> Any:
         """The compiled step; see `make_train_step`."""
         section = self.config.training
-        return make_train_step(self.optimizer, section.dropout, section.accumulation)
+        return make_train_step(
+            self.optimizer, section.dropout, section.accumulation, self.placement
+        )
 
     def budget(self) -> dict[str, int]:
         """Trained parameters of this adapter, and of LoRA at the same rank and budget.
@@ -114,6 +143,21 @@ class Session:
 
     def _factor_shapes(self) -> dict[str, Any]:
         return jax.eval_shape(lambda adapter: adapter.factors(), self.adapter)
+
+
+def find_placement(config: RunConfig) -> Placement | None:
+    """Where a run lies on the mesh that its config asks for; None: on one device.
+
+    Raises:
+      InputError: if the mesh does not fit the devices, or the batch the mesh.
+    """
+    section = config.mesh
+    sizes = resolve_sizes(section.data, section.fsdp, section.tensor, jax.device_count())
+    mesh = make_mesh(sizes)
+    if mesh is None:
+        return None
+    check_rows(config.data.batch_size, sizes)
+    return Placement(mesh, int(section.shard_above_mib * 2**20))
 
 
 def lora_parameters(rank: int, sites: Sites) -> int:

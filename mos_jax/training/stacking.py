@@ -30,6 +30,13 @@ def check_stackable(configs: Sequence[RunConfig]) -> None:
     """Raises InputError unless the runs differ in fields of `MAY_DIFFER` and in nothing else."""
     if not configs:
         raise InputError("no runs to stack; give at least one config")
+    mesh = configs[0].mesh
+    if (mesh.data, mesh.fsdp, mesh.tensor) != (1, 1, 1):
+        raise InputError(
+            f"stacked runs take their steps on one device, but mesh.data={mesh.data}, mesh.fsdp="
+            f"{mesh.fsdp}, mesh.tensor={mesh.tensor}; set all three to 1, or train the runs one "
+            "by one"
+        )
     first = configs[0].to_dict()
     for number, config in enumerate(configs[1:], start=1):
         for name, (ours, theirs) in differences(first, config.to_dict()).items():

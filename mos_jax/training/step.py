@@ -13,6 +13,7 @@ from flax import nnx
 
 from mos_jax.adapters.adapter import Adapter
 from mos_jax.data.batches import Batch
+from mos_jax.distributed.partition import Placement
 from mos_jax.evaluation.loss import summed_loss
 from mos_jax.models.decoder import Decoder
 
@@ -67,10 +68,28 @@ TrainStep = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
 
 
 def make_train_step(
-    optimizer: optax.GradientTransformation, dropout: float = 0.0, accumulation: int = 1
+    optimizer: optax.GradientTransformation,
+    dropout: float = 0.0,
+    accumulation: int = 1,
+    placement: Placement | None = None,
 ) -> jax.stages.Wrapped:
-    """`pure_train_step` for compilation; the state is donated."""
-    return jax.jit(pure_train_step(optimizer, dropout, accumulation), donate_argnums=0)
+    """`pure_train_step` for compilation; the state is donated.
+
+    With a placement, state, parts, model and batch lie on its mesh, and the new state lies where
+    the old one did.
+    """
+    step = pure_train_step(optimizer, dropout, accumulation)
+    if placement is None:
+        return jax.jit(step, donate_argnums=0)
+
+    def placed_step(
+        state: TrainState, parts: AdapterParts, model: Decoder, batch: Batch
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        advanced, metrics = step(state, parts, model, batch)
+        advanced = jax.lax.with_sharding_constraint(advanced, placement.shardings(advanced))
+        return advanced, jax.lax.with_sharding_constraint(metrics, placement.everywhere)
+
+    return jax.jit(placed_step, donate_argnums=0)
 
 
 def make_stacked_step(
