@@ -4,11 +4,13 @@ import io
 
 import jax
 import numpy as np
+import optax
 import pytest
 from rich.console import Console
 
 from mos_jax import InputError
 from mos_jax.adapters.storage import load_adapter
+from mos_jax.models.generation import Sampling, generate
 from mos_jax.training.config import RunConfig
 from mos_jax.training.loop import train
 from mos_jax.training.plan import plan, print_plan
@@ -104,3 +106,29 @@ def test_what_does_not_fit_a_mesh_is_refused_before_anything_is_loaded(train_pat
         Session.create(RunConfig.from_mapping(config))
     with pytest.raises(InputError, match=r"stacked runs .* one device, but mesh\.data=1, .*=-1"):
         check_stackable([run_config(train_path, (1, -1, 1))])
+
+
+def test_a_quantised_base_trains_on_a_mesh_as_on_one_device(train_path):
+    found = []
+    for sizes in ((1, 1, 1), (1, 2, -1)):
+        config = run_config(train_path, sizes).to_dict()
+        config["base"]["quantize"] = "nf4"
+        session = Session.create(RunConfig.from_mapping(config))
+        state, parts = session.initial()
+        batch = session.place_batch(session.data.source(0, 2)[0])
+        state, metrics = session.train_step()(state, parts, session.base.model, batch)
+        moments = optax.tree.get(state.optimizer, "mu")
+        found.append((float(metrics["loss"]), [np.asarray(m) for m in jax.tree.leaves(moments)]))
+    (loss, ours), (expected, theirs) = found
+    assert loss == pytest.approx(expected, rel=1e-5)
+    for a, b in zip(ours, theirs, strict=True):
+        assert np.abs(a - b).max() <= 1e-5 * np.abs(b).max()
+
+
+def test_answers_are_generated_on_a_mesh_whatever_their_number(train_path):
+    answers = []
+    for sizes in ((1, 1, 1), (2, 1, -1)):
+        base = Session.create(run_config(train_path, sizes)).base
+        prompts = [[65, 66], [67, 68, 69], [70]]
+        answers.append(generate(base.model, prompts, [], Sampling.create(max_new_tokens=3)))
+    assert answers[0] == answers[1]
