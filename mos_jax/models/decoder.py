@@ -333,19 +333,7 @@ class Decoder(nnx.Module):
 
             return assemble, {}
         for name, low_rank in factors.items():
-            site, widths = self._site(name), (low_rank.a.shape[-1], low_rank.b.shape[-1])
-            layers = low_rank.layers
-            depth_fits = (
-                low_rank.a.shape[0] == site.num_layers
-                if layers is None
-                else len(layers) == low_rank.a.shape[0] and layers[-1] < site.num_layers
-            )
-            if widths != (site.d_in, site.d_out) or not depth_fits:
-                raise InputError(
-                    f"factors of {name!r} are for {low_rank.a.shape[0]} blocks of "
-                    f"{widths[0]} -> {widths[1]}, the base has {site.num_layers} of "
-                    f"{site.d_in} -> {site.d_out}"
-                )
+            self._check_blocks(name, low_rank)
         depth = self.config.num_layers
         every = {name: f.for_all_layers(depth) for name, f in factors.items()}
         return None, {name: constrain_factors(f, self.mesh, name) for name, f in every.items()}
@@ -355,6 +343,24 @@ class Decoder(nnx.Module):
         if name not in sites:
             raise InputError(f"factors for unknown site {name!r}; {suggest(name, sites)}")
         return sites[name]
+
+    def _check_blocks(self, name: str, low_rank: LowRank) -> None:
+        """Raises InputError unless these are factors of one rank for blocks of the base."""
+        site, layers = self._site(name), low_rank.layers
+        blocks = list(range(site.num_layers) if layers is None else layers)
+        a, b, scale = low_rank.a.shape, low_rank.b.shape, low_rank.scale.shape
+        if (
+            a != (len(blocks), low_rank.rank, site.d_in)
+            or b != (len(blocks), low_rank.rank, site.d_out)
+            or scale != (len(blocks),)
+            or blocks != sorted(set(blocks) & set(range(site.num_layers)))
+            or not blocks
+        ):
+            raise InputError(
+                f"factors of {name!r} are a {list(a)}, b {list(b)} and scale {list(scale)} for "
+                f"{'all blocks' if layers is None else f'the blocks {blocks}'}; the base has "
+                f"{site.num_layers} of {site.d_in} -> {site.d_out}"
+            )
 
     def _check_block(self, name: str, low_rank: LowRank, rows: int) -> None:
         """Raises InputError unless these are one block's factors, for all rows or for each."""

@@ -239,12 +239,21 @@ def test_factors_that_do_not_fit_are_refused(decoder):
     good = LowRank(jnp.zeros((2, 3, 64)), jnp.zeros((2, 3, 64)), jnp.ones(2))
     with pytest.raises(InputError, match="unknown site 'qproj'; did you mean 'q_proj'"):
         decoder(tokens, {"qproj": good})
-    with pytest.raises(InputError, match="64 -> 64, the base has 2 of 64 -> 128"):
+    wide = r"a \[2, 3, 64\], b \[2, 3, 64\] .* for all blocks; the base has 2 of 64 -> 128"
+    with pytest.raises(InputError, match=wide):
         decoder(tokens, {"up_proj": good})
-    with pytest.raises(InputError, match="3 blocks"):
-        decoder(tokens, {"q_proj": jax.tree.map(lambda x: jnp.zeros((3, *x.shape[1:])), good)})
-    with pytest.raises(InputError, match="blocks"):
-        decoder(tokens, {"q_proj": dataclasses.replace(good, layers=(1,))})
+    for changes, words in (
+        ({"a": jnp.zeros((3, 3, 64)), "b": jnp.zeros((3, 3, 64))}, r"a \[3, 3, 64\]"),
+        ({"b": good.b[:, :2]}, r"a \[2, 3, 64\], b \[2, 2, 64\]"),
+        ({"scale": good.scale[:1]}, r"scale \[1\]"),
+        ({"layers": (1,)}, r"the blocks \[1\]"),
+        ({"layers": (1, 1)}, r"the blocks \[1, 1\]"),
+        ({"layers": (1, 0)}, r"the blocks \[1, 0\]"),
+        ({"layers": (0, 2)}, r"the blocks \[0, 2\]"),
+        ({"layers": (), "a": good.a[:0], "b": good.b[:0], "scale": good.scale[:0]}, r"blocks \[\]"),
+    ):
+        with pytest.raises(InputError, match=words):
+            decoder(tokens, {"q_proj": dataclasses.replace(good, **changes)})
     with pytest.raises(InputError, match="unknown remat policy 'all'"):
         tiny_decoder("all")
 
