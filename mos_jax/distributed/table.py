@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -100,7 +101,8 @@ def batch_lines(batch: Any, sizes: Mapping[str, int]) -> list[Line]:
 def _array_line(
     group: str, path: Any, array: Any, spec: PartitionSpec, sizes: Mapping[str, int]
 ) -> Line:
-    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    # An nnx.Variable adds its field to the path of its array.
+    name = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
     total = math.prod(array.shape) * array.dtype.itemsize
     stored = str(jnp.dtype(array.dtype)) if hasattr(array.dtype, "kind") else str(array.dtype)
     return _line(group, name, array.shape, stored, spec, total, sizes)
@@ -130,15 +132,18 @@ def _axes(entries: Iterable[Any]) -> list[str]:
 def print_lines(lines: list[Line], sizes: Mapping[str, int], console: Console) -> None:
     """Prints the lines with the totals of each group."""
     mesh = ", ".join(f"{name} {size}" for name, size in sizes.items())
-    table = Table("array", "shape", "stored as", "divided by", "MiB", "MiB a device")
-    table.title = f"mesh: {mesh}"
+    # Narrow, and names folded rather than cut: they are what one looks for.
+    table = Table(title=f"mesh: {mesh}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ("array", "shape", "stored as", "divided by", "MiB", "a device"):
+        table.add_column(heading, overflow="fold")
     for column in table.columns[-2:]:
         column.justify = "right"
     for group in dict.fromkeys(line.group for line in lines):
         members = [line for line in lines if line.group == group]
+        table.add_row(f"{group}:")
         for line in members:
             table.add_row(
-                f"{group}: {line.name}",
+                f" {line.name}",
                 " x ".join(map(str, line.shape)) or "1",
                 line.dtype,
                 line.spec_in_words(),
