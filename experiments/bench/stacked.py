@@ -79,7 +79,7 @@ class Program:
             for name, shape in base.weight_shapes().items()
         }
         model = jax.eval_shape(lambda arrays: Decoder(base, arrays, config.base.remat), weights)
-        sites, section = config.sites.select(model.sites), config.training
+        sites, section = config.adapted(model.sites), config.training
         build = make_stackable_optimizer if runs else make_optimizer
         optimizer = build(section, config.adapter.rate_ratios())
         adapter = jax.eval_shape(

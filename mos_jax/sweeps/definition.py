@@ -226,7 +226,7 @@ class Sweep:
             config = self._run(one, "final", 0, one.learning_rates[0]).config
             try:
                 base = loads.base(config.base, find_placement(config))
-                adapted = config.sites.select(base.sites)
+                adapted = config.adapted(base.sites)
                 counts[one.name] = sum(count_parameters(config.adapter, adapted).values())
                 # Or a mistyped path would be found by every run in turn, and recorded each time.
                 loads.data(config.data, base)

@@ -52,7 +52,7 @@ def run_cost(config: RunConfig, base: Base, data: Data, split: str) -> Cost:
       data: its data.
       split: the set evaluated at the end beside the validation set, or "".
     """
-    sites = config.sites.select(base.sites)
+    sites = config.adapted(base.sites)
     adapter = jax.eval_shape(
         lambda key: create_adapter(config.adapter, sites, key), jax.random.key(0)
     )

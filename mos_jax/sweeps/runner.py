@@ -18,7 +18,7 @@ from mos_jax.sweeps.definition import Sweep, SweepRun
 from mos_jax.sweeps.execute import Status, Task, record_failure, status_of
 from mos_jax.sweeps.executors import Executor
 from mos_jax.sweeps.tuning import Choice, choose_rates
-from mos_jax.training.config import differences
+from mos_jax.training.resuming import differences
 from mos_jax.training.workdir import WorkDir
 
 FORMAT = "mos_jax.sweep"

@@ -17,14 +17,13 @@ from ml_collections import ConfigDict, config_dict
 from mos_jax.adapters.adapter import AdapterConfig
 from mos_jax.adapters.methods import METHODS, make_config
 from mos_jax.adapters.sites import Sites, SiteShape, select_sites
+from mos_jax.adapters.storage import read_card
 from mos_jax.data.config import DataConfig
 from mos_jax.errors import InputError, suggest
 from mos_jax.models.quantized import SCHEMES
 from mos_jax.training.section import Section, at_least
 
 SCHEDULES = ("linear", "cosine", "constant")
-# Fields that may differ when a run is resumed: none changes what was computed so far.
-MAY_CHANGE = ("training.steps", "evaluation", "logging", "checkpoint", "mesh")
 
 
 # Fields of an adapter that map names to values.
@@ -106,6 +105,8 @@ class TrainingSection(Section):
         their target tokens, as if they were one batch.
       dropout: of the input of the adapter's branch.
       seed: of the adapter's initialisation, of the order of the data and of dropout.
+      start: folder of an adapter to train on, such as one that `convert.py` imported; its method,
+        its settings and its sites take the place of the sections `adapter` and `sites`.
     """
 
     steps: int = 200
@@ -120,6 +121,7 @@ class TrainingSection(Section):
     accumulation: int = 1
     dropout: float = 0.0
     seed: int = 0
+    start: str = ""
 
     def check(self, name: str) -> None:
         """See base class."""
@@ -266,6 +268,9 @@ class RunConfig:
             for name, section in SECTIONS.items()
         }
         adapter = dict(config.get("adapter", {}))
+        if start := sections["training"].start:
+            card = read_card(start)
+            adapter = {"method": card.method, **card.config}
         method = adapter.pop("method", None)
         if method is None:
             raise InputError("config: adapter.method is missing; for example 'mos' or 'lora'")
@@ -274,6 +279,11 @@ class RunConfig:
         sections["adapter"] = make_config(method, adapter)
         sections["data"] = DataConfig.create(**config.get("data", {}))
         return cls(**sections)
+
+    def adapted(self, sites: Sites) -> dict[str, SiteShape]:
+        """Which of `sites`, the base's, are adapted. Raises InputError."""
+        start = self.training.start
+        return read_card(start).sites if start else self.sites.select(sites)
 
     def to_dict(self) -> dict[str, Any]:
         """The resolved configuration as JSON values; `from_mapping` reads it back."""
@@ -345,39 +355,3 @@ def _fields(section: type) -> dict[str, Any]:
             default = ""
         found[field.name] = default
     return found
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Fields that differ between two resolved configurations: dotted name -> (old, new)."""
-    found: dict[str, Any] = {}
-    for key in sorted(set(old) | set(new)):
-        name, a, b = f"{prefix}{key}", old.get(key), new.get(key)
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            found |= differences(a, b, f"{name}.")
-        elif a != b:
-            found[name] = (a, b)
-    return found
-
-
-def check_resumable(old: Mapping[str, Any], new: Mapping[str, Any], workdir: str) -> list[str]:
-    """Checks that a run with configuration `new` may go on in the folder of a run with `old`.
-
-    Returns:
-      The changes, in words.
-
-    Raises:
-      InputError: naming every field that may not change.
-    """
-    changes = differences(old, new)
-    refused = {
-        name: pair
-        for name, pair in changes.items()
-        if not any(name == free or name.startswith(f"{free}.") for free in MAY_CHANGE)
-    }
-    if refused:
-        listed = "; ".join(f"{name} was {a!r}, now {b!r}" for name, (a, b) in refused.items())
-        raise InputError(
-            f"{workdir} holds a run with another config: {listed}. Choose another --workdir, or "
-            f"restore these fields (only {', '.join(MAY_CHANGE)} may change on resuming)"
-        )
-    return [f"{name}: {a!r} -> {b!r}" for name, (a, b) in changes.items()]

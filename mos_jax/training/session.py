@@ -14,6 +14,7 @@ from mos_jax.adapters.adapter import Adapter
 from mos_jax.adapters.lora import LoRAConfig
 from mos_jax.adapters.methods import count_parameters, create_adapter
 from mos_jax.adapters.sites import Sites
+from mos_jax.adapters.storage import load_adapter
 from mos_jax.data.batches import Batch
 from mos_jax.data.config import DataConfig
 from mos_jax.data.load import Data, load_data
@@ -66,7 +67,7 @@ class Session:
     Attributes:
       config: the resolved configuration.
       base: the frozen base.
-      adapter: freshly initialised.
+      adapter: freshly initialised, or that of `training.start`.
       data: the task, tokenised.
       optimizer: the optimiser.
       placement: where everything lies on a mesh; None: one device.
@@ -91,9 +92,13 @@ class Session:
         placement = find_placement(config)
         # The cheap things that a user may get wrong first: sites need the base, data its tokenizer.
         base = loads.base(config.base, placement)
-        sites = config.sites.select(base.sites)
+        sites = config.adapted(base.sites)
         init_key, _ = _keys(config)
-        adapter = create_adapter(config.adapter, sites, init_key)
+        if start := config.training.start:
+            own = base.fingerprint
+            adapter = load_adapter(start, sites=base.sites, base_fingerprint=own)
+        else:
+            adapter = create_adapter(config.adapter, sites, init_key)
         data = loads.data(config.data, base)
         optimizer = make_optimizer(config.training, config.adapter.rate_ratios())
         return cls(config, base, adapter, data, optimizer, placement)

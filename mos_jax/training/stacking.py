@@ -17,8 +17,9 @@ from mos_jax.adapters.adapter import Adapter
 from mos_jax.data.batches import Batch
 from mos_jax.errors import InputError
 from mos_jax.training.checkpoint import state_from_tree
-from mos_jax.training.config import RunConfig, differences
+from mos_jax.training.config import RunConfig
 from mos_jax.training.optimizer import make_stackable_optimizer
+from mos_jax.training.resuming import differences
 from mos_jax.training.session import Loads, Session
 from mos_jax.training.step import AdapterParts, TrainState, make_stacked_step
 

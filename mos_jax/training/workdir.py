@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from mos_jax.errors import InputError
-from mos_jax.training.config import RunConfig, check_resumable
+from mos_jax.training.config import RunConfig
+from mos_jax.training.resuming import check_resumable
 
 
 class Busy(InputError):

@@ -8,7 +8,8 @@ from ml_collections import config_flags
 
 from mos_jax import InputError
 from mos_jax.adapters.lora import LoRAConfig
-from mos_jax.training.config import RunConfig, check_resumable, default_config
+from mos_jax.training.config import RunConfig, default_config
+from mos_jax.training.resuming import check_resumable
 from tests.training.fixtures_training import tiny_mapping
 
 ROOT = Path(__file__).parents[2]
