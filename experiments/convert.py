@@ -15,7 +15,8 @@ Formats:
                vLLM wants one rank and one alpha: --pad_rank=16.
   peft-native  a PEFT folder of the method's own type, where PEFT has it: LoRA, VeRA, VB-LoRA,
                Uni-LoRA. Small, and PEFT can train on.
-  mos_jax      an adapter that --adapter of the other programs takes, and that trains on here.
+  mos_jax      an adapter that --adapter of the other programs takes, and that train.py trains on
+               (--config.training.start=FOLDER).
   gguf         an adapter file for llama.cpp (--lora), beside a GGUF of the same base.
   merged       a Hugging Face model folder with the adapter in its weights, for transformers, vLLM
                and all that reads such folders. Of a base alone: that base as a folder.

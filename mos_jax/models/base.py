@@ -72,6 +72,11 @@ class Base:
         """How the weights of the sites are stored: a name in `SCHEMES`; None: in `dtype`."""
         return self.model.quantization
 
+    @property
+    def is_outline(self) -> bool:
+        """Whether it has shapes only, see `outline_base`: it cannot run and has no fingerprint."""
+        return isinstance(self.model.embed.get_value(), jax.ShapeDtypeStruct)
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 over the architecture and a sample of every weight of the model.

@@ -95,7 +95,7 @@ class Session:
         sites = config.adapted(base.sites)
         init_key, _ = _keys(config)
         if start := config.training.start:
-            own = base.fingerprint
+            own = None if base.is_outline else base.fingerprint
             adapter = load_adapter(start, sites=base.sites, base_fingerprint=own)
         else:
             adapter = create_adapter(config.adapter, sites, init_key)
