@@ -94,3 +94,32 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def check_folder(path: Path, overwrite: bool, marker: str, kind: str) -> None:
+    """Checks that a folder may be written at `path`.
+
+    Args:
+      path: where.
+      overwrite: whether what stands there may be replaced, with all that is in its folder.
+      marker: name of a file that shows it to be of the kind that is written.
+      kind: that kind, for messages.
+
+    Raises:
+      InputError: if a file stands there, or a folder that holds something and must not be replaced
+        or is of another kind.
+    """
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path} is a file; give a folder")
+    if not path.exists() or not any(path.iterdir()):
+        return
+    if not overwrite:
+        raise InputError(
+            f"{path} is not empty; set overwrite=True (--overwrite) or choose another folder"
+        )
+    if not (path / marker).is_file():
+        # Replacing removes the whole folder, which may be anything.
+        raise InputError(
+            f"{path} is not empty and not a {kind} (no {marker}), so it is not overwritten; "
+            "choose another folder"
+        )

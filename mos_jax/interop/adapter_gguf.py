@@ -189,7 +189,7 @@ def check_adapter_destination(path: Path, overwrite: bool) -> None:
     if not path.exists():
         return
     if not overwrite:
-        raise InputError(f"{path} exists; set overwrite=True or choose another file")
+        raise InputError(f"{path} exists; set overwrite=True (--overwrite) or choose another file")
     try:
         kind = open_gguf(path).fields.get("general.type")
     except InputError:

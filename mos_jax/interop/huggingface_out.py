@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from mos_jax.errors import InputError
-from mos_jax.files import check_space, fresh_folder, write_file
+from mos_jax.files import check_folder, check_space, fresh_folder, write_file
 from mos_jax.interop.card import card_lines
 from mos_jax.interop.safetensors_out import (
     DTYPES,
@@ -132,18 +132,7 @@ def write_model(
 
 def check_model_destination(path: Path, base: Base, overwrite: bool) -> None:
     """Raises InputError if `path` holds what must not be replaced by a model."""
-    if path.exists() and not path.is_dir():
-        raise InputError(f"{path} is a file; give a folder")
-    if not path.exists() or not any(path.iterdir()):
-        return
-    if not overwrite:
-        raise InputError(f"{path} is not empty; set overwrite=True or choose another folder")
-    if not (path / CONFIG_FILE).is_file():
-        # Replacing removes the whole folder, which may be anything.
-        raise InputError(
-            f"{path} is not empty and not a model (no {CONFIG_FILE}), so it is not overwritten; "
-            "choose another folder"
-        )
+    check_folder(path, overwrite, CONFIG_FILE, "model")
     source = base.tokenizer.folder
     if source is not None and source.resolve() == path.resolve():
         raise InputError(f"{path} is the folder of the base itself; choose another folder")

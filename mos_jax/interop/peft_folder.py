@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as format_safetensors
 
 from mos_jax.errors import InputError
-from mos_jax.files import fresh_folder, write_file
+from mos_jax.files import check_folder, fresh_folder, write_file
 from mos_jax.interop.peft_config import CONFIG_FILE
 from mos_jax.reading import missing_file
 
@@ -40,18 +40,7 @@ def write_folder(
 
 def check_destination(path: Path, overwrite: bool) -> None:
     """Raises InputError if `path` holds what must not be replaced."""
-    if path.exists() and not path.is_dir():
-        raise InputError(f"{path} is a file; give a folder")
-    if not path.exists() or not any(path.iterdir()):
-        return
-    if not overwrite:
-        raise InputError(f"{path} is not empty; set overwrite=True or choose another folder")
-    if not (path / CONFIG_FILE).is_file():
-        # Replacing removes the whole folder, which may be anything.
-        raise InputError(
-            f"{path} is not empty and not a PEFT adapter (no {CONFIG_FILE}), so it is not "
-            "overwritten; choose another folder"
-        )
+    check_folder(path, overwrite, CONFIG_FILE, "PEFT adapter")
 
 
 def read_arrays(folder: Path) -> dict[str, np.ndarray]:

@@ -5,22 +5,17 @@ import shlex
 
 import pytest
 
-from tests.experiments.fixtures_programs import ROOT, call
+from tests.docs.fixtures_pages import Page
+from tests.experiments.fixtures_programs import call
 
-PAGE = (ROOT / "docs/many_adapters.md").read_text(encoding="utf-8")
-
-
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+PAGE = Page("many_adapters")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Where the page's Python ran, with what it wrote."""
     folder = tmp_path_factory.mktemp("page")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        exec(compile("".join(blocks("python")), "docs/many_adapters.md", "exec"), {})
+    PAGE.run_python(folder)
     return folder
 
 
@@ -29,7 +24,7 @@ def test_the_python_runs(folder):
 
 
 def test_the_commands_run_after_it(folder):
-    (text,) = blocks("bash")
+    (text,) = PAGE.blocks("bash")
     commands = [shlex.split(line) for line in text.replace("\\\n", " ").splitlines()]
     outputs = []
     assert len(commands) == 2
@@ -48,4 +43,4 @@ def test_the_commands_run_after_it(folder):
 
 
 def test_every_block_is_run():
-    assert PAGE.count("```") == 2 * (len(blocks("python")) + len(blocks("bash")))
+    assert PAGE.has_only("python", "bash")

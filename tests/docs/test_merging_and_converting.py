@@ -6,22 +6,17 @@ import shlex
 import pytest
 
 from mos_jax.conversion.formats import FORMATS
-from tests.experiments.fixtures_programs import ROOT, call
+from tests.docs.fixtures_pages import Page
+from tests.experiments.fixtures_programs import call
 
-PAGE = (ROOT / "docs/merging_and_converting.md").read_text(encoding="utf-8")
-
-
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+PAGE = Page("merging_and_converting")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Where the page's Python ran, with what it wrote."""
     folder = tmp_path_factory.mktemp("page")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        exec(compile("".join(blocks("python")), "docs/merging_and_converting.md", "exec"), {})
+    PAGE.run_python(folder)
     return folder
 
 
@@ -31,7 +26,7 @@ def test_the_python_runs(folder):
 
 
 def test_the_commands_run_after_it(folder):
-    (text,) = blocks("bash")
+    (text,) = PAGE.blocks("bash")
     outputs = []
     for line in text.splitlines():
         python, program, *flags = shlex.split(line)
@@ -47,10 +42,10 @@ def test_the_commands_run_after_it(folder):
 
 
 def test_the_table_has_every_format_and_its_options():
-    rows = re.findall(r"^\| `(\w[\w-]*)` \|.*\|(.*)\|$", PAGE, re.MULTILINE)
+    rows = re.findall(r"^\| `(\w[\w-]*)` \|.*\|(.*)\|$", PAGE.text, re.MULTILINE)
     found = {name: re.findall(r"--(\w+)", options) for name, options in rows}
     assert found == {name: list(chosen.options) for name, chosen in FORMATS.items()}
 
 
 def test_every_block_is_run():
-    assert PAGE.count("```") == 2 * (len(blocks("python")) + len(blocks("bash")))
+    assert PAGE.has_only("python", "bash")

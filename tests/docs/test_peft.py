@@ -4,27 +4,20 @@ import json
 import re
 import shlex
 
-import pytest
-
 from mos_jax.adapters.methods import METHODS
 from mos_jax.interop.detect import detect
 from mos_jax.interop.peft_fields import KINDS
 from mos_jax.interop.peft_native import NATIVE
 from mos_jax.interop.vllm import VLLM_RANKS
-from tests.experiments.fixtures_programs import ROOT, call
+from tests.docs.fixtures_pages import Page
+from tests.experiments.fixtures_programs import call
 
-PAGE = (ROOT / "docs/peft.md").read_text(encoding="utf-8")
-
-
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+PAGE = Page("peft")
 
 
 def test_all_of_it_runs(tmp_path, capsys):
-    assert PAGE.count("```") == 2 * len(blocks("python") + blocks("bash"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path)
-        exec(compile("".join(blocks("python")), "docs/peft.md", "exec"), {})
+    assert PAGE.has_only("python", "bash")
+    PAGE.run_python(tmp_path)
     written = sorted(path.name for path in tmp_path.iterdir())
     assert written == ["mine", "mixed", "mos_as_lora", "padded", "vera"]
     assert (
@@ -32,7 +25,7 @@ def test_all_of_it_runs(tmp_path, capsys):
     )
     assert "rank_pattern has" in capsys.readouterr().out
 
-    (text,) = blocks("bash")
+    (text,) = PAGE.blocks("bash")
     for line in text.splitlines():
         python, program, *flags = shlex.split(line)
         assert (python, program) == ("python", "experiments/convert.py")
@@ -42,7 +35,7 @@ def test_all_of_it_runs(tmp_path, capsys):
 
 
 def test_the_table_names_every_method_and_type():
-    table = PAGE[PAGE.index("| Method") : PAGE.index("## Out, as a LoRA")]
+    table = PAGE.text[PAGE.text.index("| Method") : PAGE.text.index("## Out, as a LoRA")]
     named = re.sub(r"[^a-z]", "", table.lower())
     for method in METHODS:
         assert method.replace("_", "") in named
@@ -51,4 +44,4 @@ def test_the_table_names_every_method_and_type():
 
 def test_the_ranks_are_those_of_the_code():
     text = ", ".join(map(str, VLLM_RANKS[:-1])) + f" or {VLLM_RANKS[-1]}"
-    assert text in PAGE
+    assert text in PAGE.text

@@ -3,28 +3,21 @@
 import re
 import shlex
 
-import pytest
-
 from mos_jax.models.known import known_config
 from mos_jax.serving.capacity import Server, capacity
-from tests.experiments.fixtures_programs import ROOT, call
+from tests.docs.fixtures_pages import Page
+from tests.experiments.fixtures_programs import call
 
-PAGE = (ROOT / "docs/tenants.md").read_text(encoding="utf-8")
-
-
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+PAGE = Page("tenants")
 
 
 def test_the_python_runs(tmp_path, capsys):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path)
-        exec(compile("".join(blocks("python")), "docs/tenants.md", "exec"), {})
+    PAGE.run_python(tmp_path)
     assert "'known': 4" in capsys.readouterr().out
 
 
 def test_the_commands_run(tmp_path):
-    lines = [shlex.split(line) for block in blocks("bash") for line in block.splitlines()]
+    lines = [shlex.split(line) for block in PAGE.blocks("bash") for line in block.splitlines()]
     programs = [program for _, program, *_ in lines]
     assert programs == [f"experiments/{p}.py" for p in ("bench_tenants", "capacity", "capacity")]
     (_, _, *bench), (_, _, *llama), (_, _, *picture) = lines
@@ -38,9 +31,9 @@ def test_the_commands_run(tmp_path):
 
 def test_the_table_is_what_the_program_says():
     found = capacity(known_config("llama2-7b"), Server(80 * 2**30))
-    rows = re.findall(r"^\| (?:MoS|LoRA), .* \| ([\d,]+) \| ([\d,]+) \|$", PAGE, re.MULTILINE)
+    rows = re.findall(r"^\| (?:MoS|LoRA), .* \| ([\d,]+) \| ([\d,]+) \|$", PAGE.text, re.MULTILINE)
     assert rows == [(f"{fit.tenant_bytes:,}", f"{fit.tenants:,}") for fit in found.fits]
 
 
 def test_every_block_is_run():
-    assert PAGE.count("```") == 2 * (len(blocks("python")) + len(blocks("bash")))
+    assert PAGE.has_only("python", "bash")
