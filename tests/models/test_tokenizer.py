@@ -55,7 +55,7 @@ def test_byte_level_ids_are_bytes():
     assert all(BYTES.decode([byte]) == chr(byte) for byte in range(128))
 
 
-@given(TEXT)
+@given(TEXT.filter(lambda text: "<|" not in text))  # special tokens become one id
 def test_byte_level_round_trip(text):
     ids = BYTES.encode(text)
     assert ids == list(text.encode())
