@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from mos_jax.adapters.adapter import Adapter
-from mos_jax.adapters.low_rank import LowRank
+from mos_jax.adapters.low_rank import Factors, LowRank
 from mos_jax.adapters.storage import (
     CARD_FILE,
     AdapterCard,
@@ -32,7 +32,6 @@ from mos_jax.interop.peft_folder import ARRAYS_FILE
 from mos_jax.interop.peft_import import import_peft, peft_facts
 from mos_jax.interop.peft_native import export_native
 from mos_jax.models.base import NAMED_BASES, Base, load_base
-from mos_jax.models.projection import Factors
 from mos_jax.models.quantized import SCHEMES
 
 # Ways to store the weights of the base that an adapter is loaded with.

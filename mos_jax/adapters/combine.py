@@ -19,12 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from mos_jax.adapters.adapter import Adapter, require_finite, require_integer, require_positive
-from mos_jax.adapters.low_rank import LowRank
+from mos_jax.adapters.low_rank import Factors, LowRank
 from mos_jax.adapters.patterns import differ
 from mos_jax.adapters.routing import raw_words
 from mos_jax.errors import InputError, suggest
 
-Factors = Mapping[str, LowRank]
 # Of fp64 sums of products, relative to the largest of them.
 ROUNDING = 1e-12
 HOW = ("exact", "linear", "ties", "dare_linear", "dare_ties")

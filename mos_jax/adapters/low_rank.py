@@ -7,6 +7,7 @@ o = d_out.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -141,6 +142,10 @@ class LowRank:
                 f"factors with the leading axes {list(own)}{which} do not fit weights with "
                 f"{list(blocks)}: [] is one block, [L] a model of L blocks"
             )
+
+
+# What an adapter gives and a base takes: factors by site type.
+Factors = Mapping[str, LowRank]
 
 
 def to_rank(x: jax.Array, a: jax.Array, scale: jax.Array) -> jax.Array:

@@ -22,6 +22,7 @@ import numpy as np
 from flax import nnx
 
 from mos_jax.adapters.adapter import Adapter
+from mos_jax.adapters.low_rank import Factors
 from mos_jax.adapters.mos import MoS
 from mos_jax.adapters.pools import SIDES
 from mos_jax.data.batches import Batch
@@ -29,7 +30,6 @@ from mos_jax.errors import InputError
 from mos_jax.evaluation.loss import summed_loss
 from mos_jax.finished import load_finished
 from mos_jax.models.decoder import Decoder
-from mos_jax.models.projection import Factors
 
 KINDS = tuple(f"pool_{side}" for side in SIDES)
 # Batches of the training set that the gradient is averaged over.

@@ -17,6 +17,7 @@ import numpy as np
 
 import mos_jax.interop.huggingface_out as model_folder
 from mos_jax.adapters import storage
+from mos_jax.adapters.low_rank import Factors
 from mos_jax.conversion.source import Source
 from mos_jax.errors import InputError, suggest
 from mos_jax.interop.adapter_gguf import (
@@ -25,7 +26,6 @@ from mos_jax.interop.adapter_gguf import (
     write_adapter_gguf,
 )
 from mos_jax.interop.check import (
-    Factors,
     largest_difference,
     largest_logit_difference,
     probe_logits,

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from mos_jax.adapters.low_rank import Factors
 from mos_jax.adapters.storage import make_card
 from mos_jax.errors import InputError, suggest
 from mos_jax.finished import AS_TRAINED, Finished, load_finished
@@ -15,7 +16,6 @@ from mos_jax.interop.as_lora import lora_from_factors
 from mos_jax.interop.card import describe_card
 from mos_jax.interop.detect import GGUF_ADAPTER, GGUF_MODEL, MODEL_FOLDER, detect
 from mos_jax.models.base import NAMED_BASES, Base
-from mos_jax.models.projection import Factors
 
 NAMED_BASE = "named base"
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from mos_jax.adapters.low_rank import Factors
 from mos_jax.data.batches import Batch
 from mos_jax.data.examples import Example
 from mos_jax.data.load import Data
@@ -24,7 +25,6 @@ from mos_jax.evaluation.memory import Recall, bits_recalled
 from mos_jax.models.base import Base
 from mos_jax.models.decoder import Decoder
 from mos_jax.models.generation import Sampling, generate
-from mos_jax.models.projection import Factors
 from mos_jax.statistics.shares import wilson_interval
 
 # Rows generated at once; bounds the key-value cache.

@@ -7,11 +7,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from mos_jax.adapters.low_rank import Factors
 from mos_jax.data.examples import commonest_answer
 from mos_jax.data.load import Data
 from mos_jax.evaluation.answers import Evaluation, evaluate, generate_answers
 from mos_jax.models.base import Base
-from mos_jax.models.projection import Factors
 
 SAMPLES = 3
 

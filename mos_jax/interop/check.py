@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mos_jax.adapters.low_rank import LowRank
+from mos_jax.adapters.low_rank import Factors
 from mos_jax.errors import InputError
 from mos_jax.models.decoder import Decoder
-
-Factors = Mapping[str, LowRank]
 
 # Tokens on which what was written or merged is compared: two rows, as of a batch.
 PROBE_ROWS, PROBE_LENGTH = 2, 32

@@ -13,10 +13,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from mos_jax.adapters.adapter import site_key
-from mos_jax.adapters.low_rank import LowRank, from_rank, to_rank
+from mos_jax.adapters.low_rank import Factors, LowRank, from_rank, to_rank
 from mos_jax.models.dense import dense, dense_on_mesh
 
-Factors = Mapping[str, LowRank]
 Dropout = tuple[jax.Array, jax.Array | float]
 
 
