@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -150,15 +150,23 @@ class Session:
         return jax.eval_shape(lambda adapter: adapter.factors(), self.adapter)
 
 
-def find_placement(config: RunConfig) -> Placement | None:
+def find_placement(
+    config: RunConfig, devices: Sequence[jax.Device] | None = None
+) -> Placement | None:
     """Where a run lies on the mesh that its config asks for; None: on one device.
+
+    Args:
+      config: the run.
+      devices: those of the mesh; default: all that JAX has. They may be described ones, such as
+        those of a `jax.experimental.topologies.TopologyDescription`, to compile for.
 
     Raises:
       InputError: if the mesh does not fit the devices, or the batch the mesh.
     """
     section = config.mesh
-    sizes = resolve_sizes(section.data, section.fsdp, section.tensor, jax.device_count())
-    mesh = make_mesh(sizes)
+    count = jax.device_count() if devices is None else len(devices)
+    sizes = resolve_sizes(section.data, section.fsdp, section.tensor, count)
+    mesh = make_mesh(sizes, devices)
     if mesh is None:
         return None
     check_rows(config.data.batch_size, sizes)
