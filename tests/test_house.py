@@ -221,7 +221,9 @@ class TestConstraints:
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
         extras = project["optional-dependencies"]
         named = project["dependencies"] + [
-            requirement for extra in ("tasks", "test", "interop") for requirement in extras[extra]
+            requirement
+            for extra in ("tasks", "serve", "test", "interop")
+            for requirement in extras[extra]
         ]
         names = {canonical(re.split(r"[\[<>=!~; ]", requirement)[0]) for requirement in named}
         assert names - {"mos-jax"} <= self.pins
@@ -236,8 +238,8 @@ class TestConstraints:
 def test_importing_the_package_imports_no_optional_one() -> None:
     program = (
         "import sys, mos_jax; "
-        "print(*sorted({'accelerate', 'peft', 'reasoning_gym', 'torch', 'transformers'}"
-        " & set(sys.modules)))"
+        "print(*sorted({'accelerate', 'fastapi', 'peft', 'prometheus_client', 'reasoning_gym', "
+        "'torch', 'transformers', 'uvicorn'} & set(sys.modules)))"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (result.returncode, result.stdout.strip()) == (0, ""), result.stderr
