@@ -72,8 +72,8 @@ def compare_s_lora(equivalent_rank: int = 2, reserve: float = 0.1) -> list[str]:
         f"{most.requests:.2f} requests/s, {most.latency:.1f} s each, first token after "
         f"{most.first_token:.2f} s",
         f"  answers of {mean:.0f} tokens on average -> {tokens:,.0f} tokens/s; "
-        f"{most.requests:.2f} x {most.latency:.1f} = {flight:.0f} requests in the server at a time, "
-        "those that wait included",
+        f"{most.requests:.2f} x {most.latency:.1f} = {flight:.0f} requests in the server at a "
+        "time, those that wait included",
         f"  with {S_LORA[0].adapters} adapters {S_LORA[0].requests:.2f} requests/s, first token "
         f"after {S_LORA[0].first_token:.2f} s: {1 - most.requests / S_LORA[0].requests:.1%} less "
         f"throughput and {most.first_token / S_LORA[0].first_token:.1f} times the wait from "
