@@ -68,6 +68,10 @@ class AssembledCache:
         slots = [0 if name == BASE_NAME else self._place[name] for name in names]
         return self._store.rows(np.asarray(slots, np.int32))
 
+    def warm_up(self, slab: Slab) -> None:
+        """Compiles what assembles tenants of a slab."""
+        self._store.take(0, slab, 0)  # zeros over zeros
+
     def forget(self, name: str) -> None:
         """Frees the place of a tenant that changed or is gone."""
         if name in self._place:

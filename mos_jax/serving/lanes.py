@@ -1,14 +1,21 @@
-"""A tenant that is known, and a slab with the slots of those that are on the device."""
+"""A tenant that is known, and slabs with the slots of those that are on the device."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from mos_jax.adapters.sites import Sites, SiteShape
+from mos_jax.serving.assembled import AssembledCache
 from mos_jax.serving.kinds import Kind
-from mos_jax.serving.slabs import FactorSlab, Slab
+from mos_jax.serving.options import BankOptions
+from mos_jax.serving.slabs import FactorSlab, PoolSlab, Slab
 from mos_jax.serving.slots import Slots
+
+# The key of the slab of all that have none of their own.
+FACTORS = "factors"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,3 +46,39 @@ class Lane:
             "bytes": self.slab.nbytes,
             "slot_bytes": self.slab.slot_bytes,
         }
+
+
+def allocate(
+    kinds: Iterable[tuple[Kind, str]], sites: Sites, options: BankOptions
+) -> tuple[dict[str, Lane], AssembledCache | None]:
+    """All that a bank will ever hold on the device.
+
+    Args:
+      kinds: of the tenants, each with the key of its slab.
+      sites: of the base.
+      options: sizes.
+
+    Returns:
+      Slabs by their keys, and the cache of assembled factors where there is one.
+    """
+    lanes: dict[str, Lane] = {}
+    adapted: dict[str, SiteShape] = {}
+    ranks: dict[str, int] = {}
+    if options.factor_rank:
+        adapted, ranks = dict(sites), dict.fromkeys(sites, options.factor_rank)
+    for kind, key in kinds:
+        if key == FACTORS:
+            for name, rank in kind.ranks.items():
+                adapted[name] = sites[name]
+                ranks[name] = max(rank, ranks.get(name, 0))
+        elif kind.template is not None:
+            slab = PoolSlab(kind.template, options.slots, options.dtype)
+            lanes[key] = Lane(slab, Slots(options.slots, "this kind of MoS"))
+    if adapted:
+        store = FactorSlab(adapted, options.slots, ranks, options.dtype)
+        lanes[FACTORS] = Lane(store, Slots(options.slots, "tenants held as factors"))
+    slabs = [lane.slab for lane in lanes.values()]
+    # Factors alone are ready to be gathered where they lie.
+    if options.assembly == "cached" and any(isinstance(slab, PoolSlab) for slab in slabs):
+        return lanes, AssembledCache(sites, slabs, options.cached, options.dtype)
+    return lanes, None

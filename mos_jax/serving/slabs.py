@@ -222,6 +222,10 @@ class PoolSlab:
         """`entry` of an adapter in memory."""
         return self.entry(adapter_arrays(adapter))
 
+    def blank(self) -> dict[tuple[str, ...], np.ndarray]:
+        """An `entry` of zeros."""
+        return {p: np.zeros(a.shape[1:], a.dtype) for p, a in self._rows.params.items()}
+
     def write(self, slot: int, entry: dict[tuple[str, ...], Any]) -> None:
         """Overwrites one slot where it lies; factors handed out before are gone with it."""
         params = _write(self._rows.params, np.int32(slot), entry)
@@ -266,6 +270,10 @@ class FactorSlab:
     def entry(self, name: str, factors: Mapping[str, LowRank]) -> Factors:
         """One slot's arrays on the host. Raises InputError for factors that do not fit."""
         return self._store.padded(name, factors)
+
+    def blank(self) -> Factors:
+        """An `entry` of zeros."""
+        return self._store.padded("", {})
 
     def write(self, slot: int, entry: Factors) -> None:
         """Overwrites one slot where it lies; factors handed out before are gone with it."""

@@ -17,10 +17,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from mos_jax.adapters.bank import BASE_NAME
-from mos_jax.adapters.sites import Sites, SiteShape, check_sites
+from mos_jax.adapters.sites import Sites, check_sites
 from mos_jax.errors import InputError
 from mos_jax.models.base import Base
 from mos_jax.serving.assembled import AssembledCache
@@ -33,13 +34,10 @@ from mos_jax.serving.kinds import (
     read_key,
     read_tenant_arrays,
 )
-from mos_jax.serving.lanes import Lane, Tenant
+from mos_jax.serving.lanes import FACTORS, Lane, Tenant, allocate
 from mos_jax.serving.loading import HostTier, Loader
 from mos_jax.serving.options import BankOptions
-from mos_jax.serving.slabs import FactorSlab, PoolSlab, Rows, Slab, SummedRows
-from mos_jax.serving.slots import Slots
-
-FACTORS = "factors"
+from mos_jax.serving.slabs import PoolSlab, Rows, Slab, SummedRows
 
 
 class Use:
@@ -182,27 +180,19 @@ class TenantBank:
         with self._lock:
             if self._lanes is not None:
                 return
-            options, lanes = self.options, {}
-            sites: dict[str, SiteShape] = {}
-            ranks: dict[str, int] = {}
-            if options.factor_rank:
-                sites, ranks = dict(self.sites), dict.fromkeys(self.sites, options.factor_rank)
-            for kind, key in self._kinds.values():
-                if key == FACTORS:
-                    for name, rank in kind.ranks.items():
-                        sites[name] = self.sites[name]
-                        ranks[name] = max(rank, ranks.get(name, 0))
-                elif kind.template is not None:
-                    slab = PoolSlab(kind.template, options.slots, options.dtype)
-                    lanes[key] = Lane(slab, Slots(options.slots, "this kind of MoS"))
-            if sites:
-                store = FactorSlab(sites, options.slots, ranks, options.dtype)
-                lanes[FACTORS] = Lane(store, Slots(options.slots, "tenants held as factors"))
-            slabs = [lane.slab for lane in lanes.values()]
-            # Factors alone are ready to be gathered where they lie.
-            if options.assembly == "cached" and any(isinstance(s, PoolSlab) for s in slabs):
-                self._cache = AssembledCache(self.sites, slabs, options.cached, options.dtype)
+            lanes, self._cache = allocate(self._kinds.values(), self.sites, self.options)
             self._lanes = lanes
+
+    def warm_up(self) -> None:
+        """Compiles every program that changes what lies on the device, whatever tenants come."""
+        self.open()
+        with self._lock:
+            assert self._lanes is not None
+            for lane in self._lanes.values():
+                # Zeros over zeros; as the loader does, from the device.
+                lane.slab.write(0, jax.device_put(lane.slab.blank()))
+                if self._cache is not None:
+                    self._cache.warm_up(lane.slab)
 
     def request(self, name: str) -> Use:
         """Asks for a tenant; returns at once.
