@@ -1,9 +1,10 @@
-"""Counts what XLA compiles, so that a server can show that it stopped compiling."""
+"""Counts what XLA compiles, so that a server can show that it has stopped compiling."""
 
 from __future__ import annotations
 
 import collections
 import threading
+
 import jax
 
 # JAX reports each program that it compiles, or takes from a cache of compiled ones, once, in the
@@ -12,12 +13,25 @@ _EVENT = "/jax/core/compile/backend_compile_duration"
 _counts: collections.Counter[int] = collections.Counter()
 
 
-def compilations() -> int:
-    """Programs compiled in this thread since this module was imported."""
-    return _counts[threading.get_ident()]
+class Compilations:
+    """Programs compiled in one thread, the one that called `watch`, from then on."""
+
+    def __init__(self) -> None:
+        self._thread: int | None = None
+        self._before = 0
+
+    def watch(self) -> None:
+        """Begins to count this thread's."""
+        self._thread = threading.get_ident()
+        self._before = _counts[self._thread]
+
+    @property
+    def count(self) -> int:
+        """How many so far; any thread may ask."""
+        return 0 if self._thread is None else _counts[self._thread] - self._before
 
 
-def _count(event: str, duration: float, **_: str | int) -> None:
+def _count(event: str, duration_secs: float, **kwargs: str | int) -> None:
     if event == _EVENT:
         _counts[threading.get_ident()] += 1
 

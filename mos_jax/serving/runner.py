@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,7 +25,7 @@ from mos_jax.errors import InputError
 from mos_jax.models.base import Base
 from mos_jax.models.choosing import choose, log_probabilities
 from mos_jax.models.decoder import Cache, Decoder, FactorsSource
-from mos_jax.serving.compilations import compilations
+from mos_jax.serving.compilations import Compilations
 from mos_jax.serving.engine_options import EngineOptions
 from mos_jax.serving.requests import MOST_TOP_LOGPROBS, TokenInfo, TokenSampling
 from mos_jax.serving.tenants import TenantBank
@@ -99,8 +98,7 @@ class Runner:
         self._cache = base.model.empty_cache(options.rows, slots)
         self._current = jnp.zeros(options.rows, jnp.int32)
         self._row: list[_Row | None] = [None] * options.rows
-        self._thread = threading.get_ident()
-        self._compiled_before = compilations()
+        self._compilations = Compilations()
 
     @property
     def nbytes(self) -> int:
@@ -109,8 +107,8 @@ class Runner:
 
     @property
     def compilations(self) -> int:
-        """Programs compiled in this thread since the runner was made; constant after `warm_up`."""
-        return compilations() - self._compiled_before
+        """Programs compiled in the thread that called `warm_up`, then and since."""
+        return self._compilations.count
 
     def warm_up(self) -> None:
         """Compiles every program that it and its bank will ever run.
@@ -120,6 +118,7 @@ class Runner:
         """
         if any(row is not None for row in self._row):
             raise InputError("warm_up comes before the first row is started")
+        self._compilations.watch()
         self._bank.warm_up()
         for size in self._pieces:
             self._piece(0, 0, np.zeros(size, np.int32), BASE_NAME)
