@@ -28,7 +28,10 @@ from mos_jax.interop.peft_import import import_peft
 from mos_jax.interop.peft_native import export_native
 from mos_jax.models.base import Base, load_base
 from mos_jax.models.generation import Sampling, generate
+from mos_jax.serving.engine import Engine
+from mos_jax.serving.engine_options import EngineOptions
 from mos_jax.serving.options import BankOptions
+from mos_jax.serving.requests import Done, Piece, Refused, Request, TokenInfo, TokenSampling
 from mos_jax.serving.tenants import TenantBank
 
 __version__ = "0.1.0"
@@ -40,17 +43,25 @@ __all__ = [
     "AdapterConfig",
     "BankOptions",
     "Base",
+    "Done",
+    "Engine",
+    "EngineOptions",
     "InputError",
     "LoRAConfig",
     "LowRank",
     "MoSConfig",
     "PRoLoRAConfig",
+    "Piece",
     "RaSAConfig",
+    "Refused",
+    "Request",
     "Sampling",
     "ShareLoRAConfig",
     "SiteShape",
     "TenantBank",
     "TiedLoRAConfig",
+    "TokenInfo",
+    "TokenSampling",
     "UniLoRAConfig",
     "VBLoRAConfig",
     "VeRAConfig",

@@ -17,6 +17,8 @@ class EngineOptions:
       length: positions of a row's key-value cache, prompt and answer together.
       pieces: sizes in which prompts are computed, ascending. A prompt is cut into pieces of the
         largest size and a rest of the smallest that holds it.
+      prefill: tokens of prompts that are computed between two decode steps at most, unless one
+        piece has more; 0 is the largest piece.
       prefix_bytes: of the prefix cache; 0 for none.
       queue: requests that wait at most, of all tenants together.
       tenant_queue: of one tenant.
@@ -25,6 +27,7 @@ class EngineOptions:
     rows: int = 8
     length: int = 1024
     pieces: tuple[int, ...] = (32, 128)
+    prefill: int = 0
     prefix_bytes: int = 0
     queue: int = 1024
     tenant_queue: int = 256
@@ -34,6 +37,7 @@ class EngineOptions:
         for name, least in (
             ("rows", 1),
             ("length", 2),
+            ("prefill", 0),
             ("prefix_bytes", 0),
             ("queue", 1),
             ("tenant_queue", 1),

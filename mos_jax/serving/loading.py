@@ -64,6 +64,7 @@ class Loader:
 
     Attributes:
       read: how many tenants it read from disk.
+      tell: called, if set, in the thread after each that `take` can now give.
     """
 
     def __init__(self, read: Callable[[str, Any], Any], host: HostTier):
@@ -75,6 +76,7 @@ class Loader:
           host: where they are kept, and looked for first.
         """
         self.read = 0
+        self.tell: Callable[[], None] | None = None
         self._read, self._host = read, host
         self._asked: queue.SimpleQueue[tuple[str, Any] | None] = queue.SimpleQueue()
         self._ready: queue.Queue[tuple[Any, Any, InputError | None]] = queue.Queue(STAGED)
@@ -119,18 +121,21 @@ class Loader:
     def _run(self) -> None:
         while (asked := self._asked.get()) is not None and not self._closed.is_set():
             name, what = asked
+            found: tuple[Any, Any, InputError | None]
             try:
                 entry = self._host.get(name)
                 if entry is None:
                     entry = self._read(name, what)
                     self.read += 1
                     self._host.put(name, entry)
-                staged = jax.block_until_ready(jax.device_put(entry))
-                self._ready.put((what, staged, None))
+                found = what, jax.block_until_ready(jax.device_put(entry)), None
             except InputError as error:
-                self._ready.put((what, None, error))
+                found = what, None, error
             except Exception as error:  # whatever a file does: it is this tenant's alone
-                self._ready.put((what, None, InputError(f"{name!r} cannot be read: {error!r}")))
+                found = what, None, InputError(f"{name!r} cannot be read: {error!r}")
+            self._ready.put(found)
+            if (tell := self.tell) is not None:
+                tell()
 
 
 def _bytes_of(entry: Any) -> int:

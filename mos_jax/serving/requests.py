@@ -17,6 +17,8 @@ from mos_jax.errors import InputError
 # As many as OpenAI's API gives.
 MOST_TOP_LOGPROBS = 20
 MOST_STOPS = 16
+# Each costs an engine its length in preparation, and a little work for each character generated.
+MOST_STOP_CHARACTERS = 1024
 
 Reason = Literal["stop", "length", "cancelled", "timeout", "error"]
 
@@ -25,7 +27,8 @@ class Refused(InputError):
     """A request that was not accepted.
 
     Attributes:
-      code: why, for programs: "unknown_tenant", "too_long", "queue_full" or "closing".
+      code: why, for programs: "unknown_tenant", "too_long", "queue_full", "closing" (the engine
+        is not started, drains or is closed) or "failed" (it ended with an error).
     """
 
     def __init__(self, code: str, message: str):
@@ -47,6 +50,8 @@ class TokenSampling:
         the same tokens, whatever else is served. None lets the engine draw one.
       stop: texts that end the answer, and are no part of it.
       logprobs: how many alternatives to give with each token; None for no log-probabilities.
+      ignore_eos: whether the token that ends a turn is one like others, so that only stop texts
+        and the lengths end the answer; for measurements.
     """
 
     max_tokens: int = 128
@@ -56,6 +61,7 @@ class TokenSampling:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
+    ignore_eos: bool = False
 
     def __post_init__(self) -> None:
         """Checks the values. Raises InputError."""
@@ -69,9 +75,14 @@ class TokenSampling:
             require_integer("sampling", "seed", self.seed, 0)
             if self.seed >= 1 << 32:
                 raise InputError(f"seed must be below 2**32, got {self.seed}")
-        if len(self.stop) > MOST_STOPS or not all(self.stop):
+        if isinstance(self.stop, str) or len(self.stop) > MOST_STOPS or not all(self.stop):
             raise InputError(
                 f"stop must be at most {MOST_STOPS} texts that are not empty, got {self.stop!r}"
+            )
+        longest = max(map(len, self.stop), default=0)
+        if longest > MOST_STOP_CHARACTERS:
+            raise InputError(
+                f"a stop text has at most {MOST_STOP_CHARACTERS} characters, got one of {longest}"
             )
         if self.logprobs is not None:
             require_integer("sampling", "logprobs", self.logprobs, 0)
@@ -137,6 +148,7 @@ class Done:
       cached_tokens: of these, taken from the tenant's prefix cache.
       completion_tokens: generated, the stop token included.
       error: for the reason "error", what happened, in words for whoever asked.
+      detail: of an error, what the operator should know; it may name paths of the server.
     """
 
     reason: Reason
@@ -144,8 +156,10 @@ class Done:
     completion_tokens: int
     cached_tokens: int = 0
     error: str | None = None
+    detail: str | None = None
 
 
 Event = Piece | Done
-# Called in the engine's thread; must not block, and what it raises cancels its request.
+# Called in a thread of the engine, for all its requests in turn. One that blocks keeps the others
+# from hearing of theirs, but not the engine from its work; what it raises cancels its request.
 Listener = Callable[[Event], None]

@@ -11,6 +11,10 @@ import collections
 from mos_jax.errors import InputError
 
 
+class SlotsTaken(InputError):
+    """All slots belong to tenants in use; one will be free when a tenant is released."""
+
+
 class Slots:
     """Slots 1 to `count`, some of them held for tenants in use, others keeping one for the next.
 
@@ -53,10 +57,10 @@ class Slots:
         """One more use of a tenant, with a slot or a promise of one.
 
         Raises:
-          InputError: if as many other tenants are in use as there are slots.
+          SlotsTaken: if as many other tenants are in use as there are slots.
         """
         if name not in self._pins and len(self._pins) == self.count:
-            raise InputError(
+            raise SlotsTaken(
                 f"no slot for {name!r}: all {self.count} slots of {self._what} belong to tenants "
                 "in use, which never give way; wait until one is released, or make more slots"
             )

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -201,7 +201,8 @@ class TenantBank:
         Its `Use` is then `ready`, or has an `error`. Its slot is its own until `Use.release`.
 
         Raises:
-          InputError: for an unknown tenant, or if all slots of its slab are of tenants in use.
+          InputError: for an unknown tenant; `SlotsTaken`, which is one, if all slots of its slab
+            are of tenants in use.
         """
         self.open()
         with self._lock:
@@ -254,6 +255,10 @@ class TenantBank:
                     self.counts["placed"] += 1
                     placed.append(name)
         return placed
+
+    def on_read(self, call: Callable[[], None] | None) -> None:
+        """Has `call` called, in the reading thread, each time one more tenant waits for `poll`."""
+        self._loader.tell = call
 
     @contextmanager
     def using(self, *names: str) -> Iterator[None]:
@@ -311,6 +316,11 @@ class TenantBank:
                 return self._cache.for_rows(names, places)
             sources = tuple(lane.slab.rows(at[key]) for key, lane in self._lanes.items())
         return SummedRows(sources) if len(sources) > 1 else next(iter(sources), None)
+
+    def slab_of(self, name: str) -> str:
+        """Which slab a tenant lies in, whose slots it shares. Raises InputError if unknown."""
+        with self._lock:
+            return self._tenant(name).slab
 
     def is_resident(self, name: str) -> bool:
         """Whether a tenant is on the device. Raises InputError for an unknown one."""

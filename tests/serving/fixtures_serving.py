@@ -1,0 +1,109 @@
+"""A runner without a device, for tests of what surrounds one."""
+
+import threading
+import types
+import zlib
+
+from mos_jax import InputError
+from mos_jax.models.tokenizer import Tokenizer
+from mos_jax.serving.engine_options import EngineOptions
+from mos_jax.serving.requests import TokenInfo
+
+TOKENIZER = Tokenizer.byte_level()
+END = TOKENIZER.end_of_turn
+# What the fake runner needs no more of a base than.
+BASE = types.SimpleNamespace(tokenizer=TOKENIZER, config=types.SimpleNamespace(vocab_size=259))
+
+
+def answer_of(prompt, tenant, seed, n):
+    """The n-th token of a fake answer: a printable character, by what the real one depends on."""
+    return 97 + zlib.crc32(repr((list(prompt), tenant, seed, n)).encode()) % 26
+
+
+class FakeStep:
+    def __init__(self, found, broken):
+        self.found, self.broken = found, broken
+
+    def fetch(self):
+        if self.broken is not None:
+            raise self.broken
+        return self.found
+
+
+class FakeRunner:
+    """Rows as the real runner has them, and an error for each call that it would not expect.
+
+    Attributes:
+      answers: by prompt, tokens to give; for other prompts `answer_of`.
+      gate: if set, a semaphore that each decode step takes.
+      fails: by the name of a method, an exception that it raises next.
+      log: ("start", tenant) and so on, in order.
+    """
+
+    def __init__(self, options=None):
+        self.options = options if options is not None else EngineOptions(rows=4, length=64)
+        self.rows, self.length = self.options.rows, self.options.length
+        self.nbytes = 1000
+        self.row = {}
+        self.answers, self.fails, self.log = {}, {}, []
+        self.gate = None
+        self.thread = None
+
+    def _call(self, name, *what):
+        if self.thread is None:
+            self.thread = threading.get_ident()
+        assert threading.get_ident() == self.thread, "one thread calls a runner"
+        self.log.append((name, *what))
+        if name in self.fails:
+            raise self.fails.pop(name)
+
+    def warm_up(self):
+        self._call("warm_up")
+
+    def start(self, row, prompt, tenant, sampling):
+        self._call("start", tenant)
+        assert row in range(self.rows)
+        assert row not in self.row
+        assert 1 <= len(prompt) <= self.length
+        if sampling.seed is None:
+            raise InputError("a seed is missing")
+        largest = self.options.pieces[-1]
+        left = len(prompt) - 1
+        pieces = left // largest + (left % largest > 0)
+        self.row[row] = types.SimpleNamespace(
+            prompt=tuple(prompt), tenant=tenant, seed=sampling.seed, left=pieces, n=0, ready=False
+        )
+        return 0
+
+    def prefill(self, row):
+        self._call("prefill", row)
+        state = self.row[row]
+        assert not state.ready
+        state.left = max(0, state.left - 1)
+        state.ready = state.left == 0
+        return state.ready
+
+    def decode(self):
+        self._call("decode")
+        if self.gate is not None:
+            self.gate.acquire()
+        found = []
+        for row, state in self.row.items():
+            if state.ready:
+                assert len(state.prompt) + state.n <= self.length
+                known = self.answers.get(state.prompt)
+                args = state.prompt, state.tenant, state.seed, state.n
+                token = known[state.n] if known and state.n < len(known) else answer_of(*args)
+                found.append((row, TokenInfo(token)))
+                state.n += 1
+        return FakeStep(found, self.fails.pop("fetch", None))
+
+    def free(self, row):
+        self._call("free", row)
+        del self.row[row]
+
+    def forget(self, tenant):
+        self._call("forget", tenant)
+
+    def summary(self):
+        return {"cached": 0}
