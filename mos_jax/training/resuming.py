@@ -8,7 +8,16 @@ from typing import Any
 from mos_jax.errors import InputError
 
 # Fields that may differ when a run is resumed: none changes what was computed so far.
-MAY_CHANGE = ("training.steps", "evaluation", "logging", "checkpoint", "mesh")
+MAY_CHANGE = (
+    "training.steps",
+    "evaluation",
+    "logging",
+    "checkpoint",
+    "mesh",
+    "base.remat",
+    "base.attention",
+    "base.logits_mib",
+)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
