@@ -112,14 +112,7 @@ def merge(
     result = dataclasses.replace(
         base,
         name=f"{base.name} (merged)",
-        model=Decoder(
-            base.config,
-            merged,
-            base.model.remat,
-            base.model.mesh,
-            base.model.attention,
-            base.model.logits_mib,
-        ),
+        model=Decoder(base.config, merged, base.model.remat, base.model.mesh),
     )
     difference = largest_difference(before, probe_logits(result.model))
     tokens = PROBE_ROWS * PROBE_LENGTH
