@@ -37,9 +37,8 @@ SEED = flags.DEFINE_integer("seed", 0, "Of the sampling.")
 def main(_: Sequence[str]) -> None:
     # Imported here so that --help and mistyped flags answer at once.
     from mos_jax.adapters.bank import BASE_NAME
-    from mos_jax.data import prompt_text
     from mos_jax.errors import InputError
-    from mos_jax.models.generation import Sampling, generate
+    from mos_jax.models.generation import Sampling
     from mos_jax.several import load_several
 
     if not PROMPT.value:
@@ -48,25 +47,16 @@ def main(_: Sequence[str]) -> None:
     several = load_several(ADAPTER.value or [], BASE.value, DTYPE.value, QUANTIZE.value)
     for note in several.notes:
         print(note, file=sys.stderr)
-    tokenizer, model = several.base.tokenizer, several.base.model
-    if RAW.value:
-        start = tokenizer.text_start
-        texts = [text if text.startswith(start) else start + text for text in PROMPT.value]
-    else:
-        system = [{"role": "system", "content": SYSTEM.value}] if SYSTEM.value else []
-        texts = [
-            prompt_text([*system, {"role": "user", "content": text}], tokenizer)
-            for text in PROMPT.value
-        ]
     names = list(several.factors)
     if COMPARE.value or not names:
         names = [BASE_NAME, *names]
-    prompts = [prompt for prompt in map(tokenizer.encode, texts) for _ in names]
-    rows = names * len(texts)
-    answers = generate(model, prompts, [tokenizer.end_of_turn], sampling, several.for_rows(rows))
-    for name, answer in zip(rows, answers, strict=True):
-        label = f"[{'base' if name == BASE_NAME else name}] " if len(names) > 1 else ""
-        print(f"{label}{tokenizer.decode(answer)}")
+    answers = several.ask(
+        PROMPT.value, names, system=SYSTEM.value or None, raw=RAW.value, sampling=sampling
+    )
+    for by_name in answers:
+        for name, answer in by_name.items():
+            label = f"[{'base' if name == BASE_NAME else name}] " if len(names) > 1 else ""
+            print(f"{label}{answer}")
 
 
 if __name__ == "__main__":

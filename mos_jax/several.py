@@ -9,11 +9,13 @@ from typing import Any
 
 from mos_jax.adapters.bank import BASE_NAME, AdapterBank, check_name
 from mos_jax.adapters.low_rank import LowRank
+from mos_jax.data import prompt_text
 from mos_jax.errors import InputError
 from mos_jax.finished import AS_TRAINED, load_finished
 from mos_jax.interop.card import describe_card
 from mos_jax.models.base import Base
 from mos_jax.models.decoder import FactorsSource
+from mos_jax.models.generation import Sampling, generate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +42,43 @@ class Several:
         if len(set(names)) > 1:
             return AdapterBank.holding(self.base.sites, self.factors).for_rows(names)
         return None if names[0] == BASE_NAME else self.factors[names[0]]
+
+    def ask(
+        self,
+        prompts: Sequence[str],
+        names: Sequence[str] | None = None,
+        *,
+        system: str | None = None,
+        raw: bool = False,
+        sampling: Sampling | None = None,
+    ) -> list[dict[str, str]]:
+        """Puts each prompt to each adapter, all in one batch.
+
+        Args:
+          prompts: the user's turns.
+          names: which adapters answer, "__base__" for the base alone; default: all adapters, or
+            the base where there are none.
+          system: a system turn before each prompt.
+          raw: continue the prompts as they stand, without the base's chat template.
+          sampling: default greedy, 64 tokens.
+
+        Returns:
+          For each prompt, the answers by name, in the order of `names`.
+        """
+        names = list(names if names is not None else self.factors or [BASE_NAME])
+        tokenizer = self.base.tokenizer
+        if raw:
+            start = tokenizer.text_start
+            texts = [text if text.startswith(start) else start + text for text in prompts]
+        else:
+            first = [] if system is None else [{"role": "system", "content": system}]
+            turns = [[*first, {"role": "user", "content": text}] for text in prompts]
+            texts = [prompt_text(messages, tokenizer) for messages in turns]
+        rows = [ids for ids in map(tokenizer.encode, texts) for _ in names]
+        factors = self.for_rows(names * len(texts))
+        answers = generate(self.base.model, rows, [tokenizer.end_of_turn], sampling, factors)
+        decoded = iter(map(tokenizer.decode, answers))
+        return [{name: next(decoded) for name in names} for _ in texts]
 
 
 def load_several(
