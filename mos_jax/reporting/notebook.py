@@ -22,7 +22,7 @@ class Shown:
       png: the file's bytes.
     """
 
-    png: bytes
+    png: bytes = dataclasses.field(repr=False)
 
     def _repr_png_(self) -> bytes:
         return self.png

@@ -311,7 +311,7 @@ class TestPage:
 
     def test_its_code_runs(self):
         blocks = re.findall(r"^```python\n(.*?)^```", self.PAGE, re.MULTILINE | re.DOTALL)
-        assert len(blocks) == 5
+        assert len(blocks) == 6
         exec("\n".join(blocks), {})
 
     def test_its_table_names_every_method_and_what_it_refuses(self):

@@ -13,7 +13,7 @@ PAGE = Page("quantized_bases")
 
 
 def test_the_python_runs(tmp_path):
-    assert PAGE.has_only("python")
+    assert PAGE.has_only("python", "bash")
     assert PAGE.run_python(tmp_path)["base"].quantization == "int8"
 
 
