@@ -18,9 +18,9 @@ ARGS ?=
 SETUP := PYTHON="$(PYTHON)" sh tools/setup.sh
 # A file stays on one process, since its tests share what its fixtures trained.
 PYTEST := $(PY) -m pytest -n $(JOBS) --dist loadfile
-CODE := mos_jax experiments configs tests tools
+CODE := mos_jax experiments configs notebooks tests tools
 
-.PHONY: help setup interop quickstart test parity lint format fuzz bench quantized support study coverage wheel clean distclean
+.PHONY: site notebooks help setup interop quickstart test parity lint format fuzz bench quantized support study coverage wheel clean distclean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
@@ -70,6 +70,12 @@ study: setup ## The core study and the memory probe, with their reports (hours; 
 
 coverage: setup ## Whether the intervals of reports hold what they promise (minutes)
 	$(PY) experiments/coverage.py $(ARGS)
+
+site: setup ## Build the documentation into site/; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict $(ARGS)
+
+notebooks: setup ## Run all notebooks and keep their outputs (20 minutes); ARGS="02 05" for some
+	$(PY) tools/notebooks.py --run $(ARGS)
 
 wheel: setup ## Build the wheel and the source archive into dist/
 	rm -rf build dist

@@ -24,8 +24,8 @@ from urllib.parse import unquote
 MAX_BYTES = 1 << 20
 MAX_MODULE_LINES = 400
 WEIGHT_SUFFIXES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
-SKIPPED_FOLDERS = {"__pycache__", "build", "dist", "runs"}
-MARKDOWN = ("README.md", "WORKSPACE.md")
+SKIPPED_FOLDERS = {"__pycache__", "build", "dist", "runs", "site"}
+MARKDOWN = ("CHANGELOG.md", "CONTRIBUTING.md", "README.md", "WORKSPACE.md")
 
 _START = r"(?<![\w.~\-/$}])"  # the path is absolute: nothing of a longer one stands before it
 _HOMES = re.compile(_START + r"/(?:root|work|home/\w+|Users/\w+)/[\w.\-]*")

@@ -7,8 +7,8 @@
 
 A notebook is a pair: `notebooks/NAME.py` is what people edit (jupytext's percent format), and
 `notebooks/NAME.ipynb` is the same with outputs. The badge and the cell that sets Colab up come from
-here, and the repository's address from `[tool.mos_jax]` in pyproject.toml. A .py whose cells did not
-change keeps the outputs of its .ipynb.
+here, and the repository's address from `[tool.mos_jax]` in pyproject.toml. Where no cell of a .py
+changed, its .ipynb keeps its outputs.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _BADGE = (
     "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
     "(https://colab.research.google.com/github/{slug}/blob/main/notebooks/{name}.ipynb)"
 )
-_SETUP = '''\
+_SETUP = """\
 # In a checkout there is nothing to do. On Colab: fetch one, install it and the default base.
 import os
 import subprocess
@@ -49,7 +49,7 @@ if "google.colab" in sys.modules and not Path("mos_jax").exists():
     os.chdir("mos_jax")
 here = Path.cwd()
 os.chdir(next(folder for folder in [here, *here.parents] if (folder / "pyproject.toml").exists()))
-sys.path.insert(0, os.getcwd())  # configs/ is not part of the package'''
+sys.path.insert(0, os.getcwd())  # configs/ is not part of the package"""
 _KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
 
@@ -117,7 +117,7 @@ def run(
     parameters: Mapping[str, Any] | None = None,
     folder: Path = ROOT,
 ) -> nbformat.NotebookNode:
-    """Runs a notebook in a new kernel, in `folder`; `parameters` replace values of its cell of them.
+    """Runs a notebook in a new kernel, in `folder`, with other `parameters` where they are given.
 
     Raises:
       nbclient.exceptions.CellExecutionError: if a cell fails.

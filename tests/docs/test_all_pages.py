@@ -14,9 +14,7 @@ from tests.experiments.fixtures_programs import ROOT, call
 from tools.program_flags import flags_of
 
 DOCS = ROOT / "docs"
-NAMES = sorted(
-    path.relative_to(DOCS).with_suffix("").as_posix() for path in DOCS.rglob("*.md")
-)
+NAMES = sorted(path.relative_to(DOCS).with_suffix("").as_posix() for path in DOCS.rglob("*.md"))
 OWN_TESTS = {path.stem.removeprefix("test_") for path in (ROOT / "tests/docs").glob("test_*.py")}
 HERE = [name for name in NAMES if name not in OWN_TESTS]
 # Blocks of these are read, not run.
@@ -35,7 +33,9 @@ def test_every_block_has_a_language_that_is_dealt_with(name):
     assert not code
 
 
-@pytest.mark.parametrize("name", [n for n in HERE if Page(n).blocks("python") or Page(n).commands()])
+@pytest.mark.parametrize(
+    "name", [n for n in HERE if Page(n).blocks("python") or Page(n).commands()]
+)
 def test_the_code_runs(name, tmp_path):
     page = Page(name)
     page.run_python(tmp_path)

@@ -53,9 +53,7 @@ def test_every_public_name_is_in_the_reference(site):
     text = "".join(path.read_text(encoding="utf-8") for path in pages)
     anchors = set(re.findall(r'id="([\w.]+)"', text))
     constants = {"METHODS"}
-    missing = [
-        name for name in mos_jax.__all__ if f"mos_jax.{name}" not in anchors
-    ]
+    missing = [name for name in mos_jax.__all__ if f"mos_jax.{name}" not in anchors]
     assert set(missing) <= constants
 
 
