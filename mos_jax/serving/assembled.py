@@ -10,7 +10,7 @@ import numpy as np
 from mos_jax.adapters.bank import BASE_NAME
 from mos_jax.adapters.sites import Sites, SiteShape
 from mos_jax.errors import InputError
-from mos_jax.serving.slabs import FactorSlab, Rows, Slab
+from mos_jax.serving.slabs import Factors, FactorSlab, Rows, Slab
 
 
 class AssembledCache:
@@ -39,6 +39,11 @@ class AssembledCache:
     def nbytes(self) -> int:
         """Bytes on the device."""
         return self._store.nbytes
+
+    @property
+    def source(self) -> Factors:
+        """All that it holds."""
+        return self._store.source
 
     def for_rows(self, names: Sequence[str], places: Mapping[str, tuple[Slab, int]]) -> Rows:
         """Factors for a batch, of whose tenants those that are not here yet are assembled.

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from mos_jax.adapters.sites import Sites, SiteShape
+from mos_jax.errors import InputError
 from mos_jax.serving.assembled import AssembledCache
 from mos_jax.serving.kinds import Kind
 from mos_jax.serving.options import BankOptions
@@ -48,6 +51,41 @@ class Lane:
         }
 
 
+def choose_slab(
+    name: str,
+    kind: Kind,
+    known: Iterable[tuple[Kind, str]],
+    lanes: Mapping[str, Lane] | None,
+    options: BankOptions,
+) -> str:
+    """The slab of a new kind's tenants: one of its own for MoS, as long as there may be more.
+
+    Args:
+      name: of the kind's first tenant.
+      kind: the new kind.
+      known: the kinds there are, each with its slab.
+      lanes: what was allocated; None as long as nothing was.
+      options: sizes.
+
+    Raises:
+      InputError: if there is none, and the factors do not fit.
+    """
+    own = sum(slab != FACTORS for _, slab in known)
+    if kind.template is not None and lanes is None and own < options.max_slabs:
+        return kind.key
+    if lanes is None:
+        return FACTORS
+    room = lanes[FACTORS].slab.rank if FACTORS in lanes else {}
+    for site, rank in kind.ranks.items():
+        if rank > room.get(site, 0):
+            raise InputError(
+                f"{name!r} has factors of rank {rank} at {site!r}, and the open bank room for "
+                f"{room.get(site, 0)}; register it before the bank is opened, or open it with "
+                f"factor_rank={max(kind.ranks.values())}"
+            )
+    return FACTORS
+
+
 def allocate(
     kinds: Iterable[tuple[Kind, str]], sites: Sites, options: BankOptions
 ) -> tuple[dict[str, Lane], AssembledCache | None]:
@@ -82,3 +120,19 @@ def allocate(
     if options.assembly == "cached" and any(isinstance(slab, PoolSlab) for slab in slabs):
         return lanes, AssembledCache(sites, slabs, options.cached, options.dtype)
     return lanes, None
+
+
+def planned_bytes(kinds: Iterable[tuple[Kind, str]], sites: Sites, options: BankOptions) -> int:
+    """Bytes that `allocate` would take, from shapes alone; nothing is allocated."""
+
+    def arrays() -> list[Any]:
+        lanes, cache = allocate(kinds, sites, options)
+        slabs: list[Slab] = [lane.slab for lane in lanes.values()]
+        held: list[Any] = [
+            (slab.source.params, slab.source.frozen) if isinstance(slab, PoolSlab) else slab.source
+            for slab in slabs
+        ]
+        return [*held, cache.source] if cache is not None else held
+
+    shapes = jax.tree.leaves(jax.eval_shape(arrays))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in shapes)

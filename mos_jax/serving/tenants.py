@@ -10,6 +10,7 @@ any thread may call the rest.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -34,7 +35,7 @@ from mos_jax.serving.kinds import (
     read_key,
     read_tenant_arrays,
 )
-from mos_jax.serving.lanes import FACTORS, Lane, Tenant, allocate
+from mos_jax.serving.lanes import Lane, Tenant, allocate, choose_slab, planned_bytes
 from mos_jax.serving.loading import HostTier, Loader
 from mos_jax.serving.options import BankOptions
 from mos_jax.serving.slabs import PoolSlab, Rows, Slab, SummedRows
@@ -135,7 +136,10 @@ class TenantBank:
             if name in self._tenants:
                 raise InputError(f"there is a tenant {name!r} already; remove it first")
             if kind.key not in self._kinds:
-                self._kinds[kind.key] = kind, self._slab_for(name, kind)
+                self._kinds[kind.key] = (
+                    kind,
+                    choose_slab(name, kind, self._kinds.values(), self._lanes, self.options),
+                )
             self._tenants[name] = Tenant(name, path, *self._kinds[kind.key])
 
     def register_folder(self, folder: str | os.PathLike[str]) -> dict[str, str]:
@@ -182,6 +186,11 @@ class TenantBank:
                 return
             lanes, self._cache = allocate(self._kinds.values(), self.sites, self.options)
             self._lanes = lanes
+
+    def planned_bytes(self, slots: int) -> int:
+        """Bytes that `open` would allocate with so many slots, from shapes alone."""
+        options = dataclasses.replace(self.options, slots=slots)
+        return planned_bytes(self._kinds.values(), self.sites, options)
 
     def warm_up(self) -> None:
         """Compiles every program that changes what lies on the device, whatever tenants come."""
@@ -371,28 +380,6 @@ class TenantBank:
     def _lane(self, tenant: Tenant) -> Lane:
         assert self._lanes is not None
         return self._lanes[tenant.slab]
-
-    def _slab_for(self, name: str, kind: Kind) -> str:
-        """The slab of a kind's tenants: one of its own for MoS, as long as there may be more.
-
-        Raises:
-          InputError: if there is none, and the factors do not fit.
-        """
-        own = sum(slab != FACTORS for _, slab in self._kinds.values())
-        if kind.template is not None and self._lanes is None and own < self.options.max_slabs:
-            return kind.key
-        if self._lanes is None:
-            return FACTORS
-        store = self._lanes[FACTORS].slab if FACTORS in self._lanes else None
-        room = store.rank if store is not None else {}
-        for site, rank in kind.ranks.items():
-            if rank > room.get(site, 0):
-                raise InputError(
-                    f"{name!r} has factors of rank {rank} at {site!r}, and the open bank room for "
-                    f"{room.get(site, 0)}; register it before the bank is opened, or open it with "
-                    f"factor_rank={max(kind.ranks.values())}"
-                )
-        return FACTORS
 
     def _release(self, use: Use) -> None:
         with self._lock:
