@@ -321,7 +321,8 @@ class MoS(Adapter):
     def _tables(self, side: Side) -> nnx.Dict:
         return self.table_a if side == "a" else self.table_b
 
-    def _shards(self, side: Side, name: str) -> jax.Array:
+    def shards(self, side: Side, name: str) -> jax.Array:
+        """The pool that the site type `name` draws from: fp32 [e L l, h / l] or [e L l, o / l]."""
         arrays = self.pool_a if side == "a" else self.pool_b
         return next(arrays[pool.name][...] for pool in self.pools(side) if name in pool.blocks)
 
@@ -329,10 +330,10 @@ class MoS(Adapter):
     def site_factors(self, name: str, layer: jax.Array | int | None = None) -> LowRank:
         """See base class."""
         index, scale, layers = choose_blocks(self.sites[name], layer, self.site_scales[name])
-        a = assemble(self._shards("a", name), self.table_a[name][index])
+        a = assemble(self.shards("a", name), self.table_a[name][index])
         if name in self.scaling:
             a = a * self.scaling[name][index][..., None]
-        b = assemble(self._shards("b", name), self.table_b[name][index])
+        b = assemble(self.shards("b", name), self.table_b[name][index])
         return keep_ranks(LowRank(a, b, scale, layers), self.site_ranks[name], index)
 
     def padded_rows(self, part: str, name: str) -> int:

@@ -58,8 +58,10 @@ def apply_together(x: jax.Array, factors: list[LowRank]) -> list[jax.Array]:
 
     Products with so few rows are bound by reading `x`; stacking the A's of the layers that share
     an input reads it once, forward and backward. Factors with an axis B are stacked row by row.
+    What is no `LowRank` and only stands in for one is applied alone.
     """
-    if len({f.a.ndim for f in factors}) > 1:  # some by row, some for all rows
+    alike = all(isinstance(f, LowRank) for f in factors)
+    if not alike or len({f.a.ndim for f in factors}) > 1:  # some by row, some for all rows
         return [f.apply(x) for f in factors]
     stacked = jnp.concatenate([f.a for f in factors], axis=-2)
     scale = jnp.concatenate([f.scale_of_vectors() for f in factors], axis=-1)

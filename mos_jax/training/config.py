@@ -24,6 +24,7 @@ from mos_jax.models.quantized import SCHEMES
 from mos_jax.training.section import Section, at_least
 
 SCHEDULES = ("linear", "cosine", "constant")
+ASSEMBLIES = ("before", "inside")
 
 
 # Fields of an adapter that map names to values.
@@ -103,6 +104,9 @@ class TrainingSection(Section):
       eps: AdamW's.
       accumulation: batches whose gradients are summed to one step; the loss is the mean over all
         their target tokens, as if they were one batch.
+      assembly: where a step assembles the adapter's factors: "before" the scan over the blocks, of
+        all of them; or "inside" it, of one at a time, which keeps no copy of them. The results
+        are those of rounding apart; docs/costs.md has what each costs.
       dropout: of the input of the adapter's branch.
       seed: of the adapter's initialisation, of the order of the data and of dropout.
       start: folder of an adapter to train on, such as one that `convert.py` imported; its method,
@@ -119,6 +123,7 @@ class TrainingSection(Section):
     b2: float = 0.999
     eps: float = 1e-8
     accumulation: int = 1
+    assembly: str = "before"
     dropout: float = 0.0
     seed: int = 0
     start: str = ""
@@ -129,6 +134,11 @@ class TrainingSection(Section):
             raise InputError(
                 f"config: {name}.schedule {self.schedule!r} is unknown; "
                 f"{suggest(self.schedule, SCHEDULES)}"
+            )
+        if self.assembly not in ASSEMBLIES:
+            raise InputError(
+                f"config: {name}.assembly {self.assembly!r} is unknown; "
+                f"{suggest(self.assembly, ASSEMBLIES)}"
             )
         for field, minimum in (
             ("steps", 1), ("learning_rate", 0), ("weight_decay", 0), ("clip_norm", 0),

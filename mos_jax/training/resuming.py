@@ -8,7 +8,14 @@ from typing import Any
 from mos_jax.errors import InputError
 
 # Fields that may differ when a run is resumed: none changes what was computed so far.
-MAY_CHANGE = ("training.steps", "evaluation", "logging", "checkpoint", "mesh")
+MAY_CHANGE = (
+    "training.steps",
+    "training.assembly",
+    "evaluation",
+    "logging",
+    "checkpoint",
+    "mesh",
+)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -123,7 +123,11 @@ class Session:
         """The compiled step; see `make_train_step`."""
         section = self.config.training
         return make_train_step(
-            self.optimizer, section.dropout, section.accumulation, self.placement
+            self.optimizer,
+            section.dropout,
+            section.accumulation,
+            self.placement,
+            section.assembly,
         )
 
     def budget(self) -> dict[str, int]:

@@ -99,7 +99,7 @@ class Group:
         """The compiled step; see `make_stacked_step`."""
         section = self.sessions[0].config.training
         optimizer = self.sessions[0].optimizer
-        return make_stacked_step(optimizer, section.dropout, section.accumulation)
+        return make_stacked_step(optimizer, section.dropout, section.accumulation, section.assembly)
 
     def adapter(self, number: int, state: TrainState, parts: AdapterParts) -> Adapter:
         """The adapter of run `number`."""

@@ -72,13 +72,14 @@ def make_train_step(
     dropout: float = 0.0,
     accumulation: int = 1,
     placement: Placement | None = None,
+    assembly: str = "before",
 ) -> jax.stages.Wrapped:
     """`pure_train_step` for compilation; the state is donated.
 
     With a placement, state, parts, model and batch lie on its mesh, and the new state lies where
     the old one did.
     """
-    step = pure_train_step(optimizer, dropout, accumulation)
+    step = pure_train_step(optimizer, dropout, accumulation, assembly)
     if placement is None:
         return jax.jit(step, donate_argnums=0)
 
@@ -93,7 +94,10 @@ def make_train_step(
 
 
 def make_stacked_step(
-    optimizer: optax.GradientTransformation, dropout: float = 0.0, accumulation: int = 1
+    optimizer: optax.GradientTransformation,
+    dropout: float = 0.0,
+    accumulation: int = 1,
+    assembly: str = "before",
 ) -> jax.stages.Wrapped:
     """One step of K runs that share a base, for compilation.
 
@@ -102,19 +106,22 @@ def make_stacked_step(
     of all runs. Nothing is summed over K: a run does not notice its neighbours. The states are
     donated.
     """
-    step = pure_train_step(optimizer, dropout, accumulation)
+    step = pure_train_step(optimizer, dropout, accumulation, assembly)
     return jax.jit(jax.vmap(step, in_axes=(0, 0, None, 0)), donate_argnums=0)
 
 
 def pure_train_step(
-    optimizer: optax.GradientTransformation, dropout: float = 0.0, accumulation: int = 1
+    optimizer: optax.GradientTransformation,
+    dropout: float = 0.0,
+    accumulation: int = 1,
+    assembly: str = "before",
 ) -> TrainStep:
     """Builds the step `(state, parts, model, batch) -> (state, metrics)`, a pure function.
 
     With `accumulation` A above 1, `batch` has a leading axis A; gradients of the A batches are
     summed in a scan and divided by the number of all their targets, so the step equals that of one
     batch that holds them all. Metrics: `loss` (nats per target token) and `gradient_norm`, both
-    fp32 [].
+    fp32 []. `assembly`: see `TrainingSection`.
     """
 
     def train_step(
@@ -124,7 +131,9 @@ def pure_train_step(
 
         def loss_of(trained: nnx.State, micro: Batch, index: jax.Array) -> jax.Array:
             noise = (jax.random.fold_in(key, index), dropout) if dropout else None
-            return summed_loss(model, parts.merge(trained).factors(), micro, noise)
+            adapter = parts.merge(trained)
+            factors = adapter.factors() if assembly == "before" else adapter.factors
+            return summed_loss(model, factors, micro, noise)
 
         def accumulate(carry: Any, scanned: Any) -> tuple[Any, None]:
             micro, index = scanned

@@ -39,7 +39,9 @@ def start(base, config=MOS, **training):
     optimizer = make_optimizer(section)
     adapter = create_adapter(config, base.sites, jax.random.key(0))
     parts, trained = AdapterParts.split(adapter)
-    step = make_train_step(optimizer, section.dropout, section.accumulation)
+    step = make_train_step(
+        optimizer, section.dropout, section.accumulation, assembly=section.assembly
+    )
     return initial_state(trained, optimizer, jax.random.key(1)), parts, step
 
 
@@ -107,6 +109,41 @@ def test_accumulated_batches_equal_one_batch_that_holds_them_all(base, data):
     first, second = (optax.tree_utils.tree_get(s.optimizer, "mu") for s in (accumulated, once))
     for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6 * np.abs(b).max())
+
+
+@pytest.mark.parametrize("config", [MOS, LoRAConfig(2)], ids=["mos", "lora"])
+def test_where_factors_are_assembled_changes_nothing_but_rounding(base, data, config):
+    many = data.source(0, accumulation=2)[0]
+    found = []
+    for assembly in ("before", "inside"):
+        section = {"accumulation": 2, "dropout": 0.2, "clip_norm": 0.0, "assembly": assembly}
+        state, parts, step = start(base, config, **section)
+        # B must not be zero, or nothing reaches A.
+        for part in set(state.trained) & {"pool_b", "b"}:
+            state.trained[part] = jax.tree.map(lambda b: b + 0.1, state.trained[part])
+        state, metrics = step(state, parts, base.model, many)
+        found.append((float(metrics["loss"]), optax.tree_utils.tree_get(state.optimizer, "mu")))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
+    for a, b in zip(*(jax.tree.leaves(moment) for _, moment in found), strict=True):
+        assert np.abs(a).max() > 0
+        np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
+
+
+def test_assembled_inside_the_scan_no_copy_of_all_factors_is_kept(base, data):
+    """Nothing of the step is as large as the factors of all blocks, forward or backward."""
+    config = MoSConfig(equivalent_rank=2, rank=3)
+    found = {}
+    for assembly in ("before", "inside"):
+        state, parts, step = start(base, config, assembly=assembly)
+        text = step.lower(state, parts, base.model, data.source(0)[0]).compile().as_text()
+        found[assembly] = {
+            f"f32[{site.num_layers},3,{width}]"
+            for site in base.sites.values()
+            for width in (site.d_in, site.d_out)
+            if f"f32[{site.num_layers},3,{width}]" in text
+        }
+    assert len(found["before"]) > 1
+    assert not found["inside"]
 
 
 def test_dropout_noise_is_new_at_every_step_and_repeats_with_the_key(base, data):
