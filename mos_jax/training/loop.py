@@ -230,7 +230,11 @@ class Loop(abc.ABC):
         lowered = self.train_step().lower(self.state, self.parts, self.model, batch)
         compiled = lowered.compile()
         memory: Any = compiled.memory_analysis()
-        self.compiled = {"temporary_bytes": memory.temp_size_in_bytes}
+        self.compiled = {
+            "temporary_bytes": memory.temp_size_in_bytes,
+            # Of the state, which is donated: the new one takes the memory of the old one.
+            "reused_bytes": memory.alias_size_in_bytes,
+        }
         return compiled
 
 

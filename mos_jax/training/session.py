@@ -116,8 +116,10 @@ class Session:
         return self.placement.place(state), self.placement.place(parts)
 
     def place_batch(self, batch: Batch) -> Batch:
-        """Gives every device of the mesh, if there is one, its rows of a batch."""
-        return batch if self.placement is None else self.placement.place_batch(batch)
+        """Moves a batch to the device, or to every device of the mesh its rows; waits for none."""
+        return (
+            jax.device_put(batch) if self.placement is None else self.placement.place_batch(batch)
+        )
 
     def train_step(self) -> Any:
         """The compiled step; see `make_train_step`."""

@@ -219,7 +219,7 @@ class StackedLoop(Loop):
     def next_batch(self) -> tuple[Batch, list[int]]:
         """See base class."""
         batches = [next(loader) for loader in self.loaders]
-        return stack_batches(batches), [count_tokens(batch) for batch in batches]
+        return jax.device_put(stack_batches(batches)), [count_tokens(batch) for batch in batches]
 
     def train_step(self) -> jax.stages.Wrapped:
         """See base class."""
