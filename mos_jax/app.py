@@ -16,9 +16,16 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from mos_jax.compilation_cache import keep_compiled
 from mos_jax.errors import InputError, RunEnded
 
 USER_ERROR = 2
+COMPILATION_CACHE = flags.DEFINE_string(
+    "compilation_cache",
+    None,
+    "Folder where compiled programs are kept for the next start, or 'off'. By default that of "
+    "$MOS_JAX_COMPILATION_CACHE, else mos_jax/compiled in the user's cache.",
+)
 # A config file and its overrides fail in as many ways as Python code can.
 CONFIG_ERRORS = (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError)
 
@@ -62,6 +69,8 @@ def load_from_config(name: str) -> Callable[..., Any]:
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
     """Parses the flags, runs `main`, and turns expected failures into one line and a status."""
+    # Every program has the flag, and its --help shows it.
+    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS["compilation_cache"])
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     app.run(lambda argv: _guarded(main, argv), flags_parser=_parse)
 
@@ -91,6 +100,7 @@ def _in_words(error: Exception) -> str:
 
 
 def _guarded(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> None:
+    keep_compiled(COMPILATION_CACHE.value)
     try:
         main(argv)
     except InputError as error:

@@ -1,6 +1,6 @@
 """The loss, a pure function of pytrees.
 
-Axis legend: B rows, S tokens of a row, M loss positions of a row, V vocabulary.
+Axis legend: B rows, S tokens of a row, M loss positions of a row.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def token_losses(
 ) -> tuple[jax.Array, jax.Array]:
     """Negative log likelihood and correctness of every target.
 
-    Logits are computed where there is a target and nowhere else.
+    Logits are computed where there is a target and nowhere else; see `Decoder.score`.
 
     Returns:
       fp32 [B, M], nats; and bool [B, M], whether the target is the most likely token.
@@ -33,11 +33,7 @@ def token_losses(
         dropout=dropout,
     )
     chosen = jnp.take_along_axis(hidden, jnp.asarray(batch.loss_positions)[:, :, None], axis=1)
-    logits = model.logits(chosen)
-    targets = jnp.asarray(batch.loss_targets)
-    likelihood = jnp.take_along_axis(logits, targets[:, :, None], axis=2)[:, :, 0]
-    correct = jnp.argmax(logits, axis=2).astype(jnp.int32) == targets
-    return jax.nn.logsumexp(logits, axis=2) - likelihood, correct
+    return model.score(chosen, jnp.asarray(batch.loss_targets))
 
 
 @strict

@@ -112,7 +112,14 @@ def merge(
     result = dataclasses.replace(
         base,
         name=f"{base.name} (merged)",
-        model=Decoder(base.config, merged, base.model.remat, base.model.mesh),
+        model=Decoder(
+            base.config,
+            merged,
+            base.model.remat,
+            base.model.mesh,
+            base.model.attention,
+            base.model.logits_mib,
+        ),
     )
     difference = largest_difference(before, probe_logits(result.model))
     tokens = PROBE_ROWS * PROBE_LENGTH

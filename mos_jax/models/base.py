@@ -18,9 +18,11 @@ from jax.sharding import Mesh
 from mos_jax.adapters.sites import SiteShape
 from mos_jax.errors import InputError, naming, suggest
 from mos_jax.models import gguf, huggingface, packaged, tiny
+from mos_jax.models.attention import choose_attention
 from mos_jax.models.config import SITES, DecoderConfig
-from mos_jax.models.decoder import Decoder
+from mos_jax.models.decoder import Decoder, check_computation
 from mos_jax.models.fingerprint import Sampler, fingerprint, sample_array
+from mos_jax.models.head import LOGITS_MIB
 from mos_jax.models.layout import weight_dtype
 from mos_jax.models.placing import (
     ArrayReader,
@@ -150,6 +152,8 @@ def load_base(
     quantize: str | None = None,
     shardings: Shardings | None = None,
     mesh: Mesh | None = None,
+    attention: str = "auto",
+    logits_mib: float = LOGITS_MIB,
 ) -> Base:
     """Loads a base, part by part from its file to its devices.
 
@@ -168,16 +172,22 @@ def load_base(
         mapping from every name to one. A quantised weight's codes and scales have the sharding of
         the weight. Default: the default device.
       mesh: what the computation is divided over; the shardings are on it. Default: none.
+      attention: which attention whole texts go through: "auto", "grouped", "xla" or "cudnn"; see
+        `choose_attention`.
+      logits_mib: MiB of logits that a device may hold at one time for a loss; see `Decoder`.
 
     Raises:
       InputError: for an unknown name (with the nearest), a missing, truncated or foreign file, an
-        unsupported architecture, an unknown dtype, policy or scheme, widths that are not whole
-        blocks of the scheme, or a sharding that does not divide a weight.
+        unsupported architecture, an unknown dtype, policy, attention or scheme, an attention that
+        the devices do not have, widths that are not whole blocks of the scheme, or a sharding that
+        does not divide a weight.
     """
     if dtype not in DTYPES:
         raise InputError(f"unknown dtype {dtype!r}; {suggest(dtype, DTYPES)}")
     scheme = find_scheme(quantize)
+    check_computation(remat, attention, logits_mib)
     source = _find_source(name)
+    choose_attention(attention, mesh, dtype, source.config.head_dim)
     shapes = source.config.weight_shapes()
     quantized = {f"blocks/{site}" for site in SITES if scheme is not None}
     # Everything that can be refused, before anything is read.
@@ -201,7 +211,7 @@ def load_base(
             sample = sampler.sample() if sampler else None
             if sample is not None:
                 samples[weight] = sample
-    model = Decoder(source.config, weights, remat, mesh)
+    model = Decoder(source.config, weights, remat, mesh, attention, logits_mib)
     return Base(os.fspath(name), model, source.tokenizer, samples)
 
 
@@ -212,6 +222,8 @@ def outline_base(
     quantize: str | None = None,
     shardings: Shardings | None = None,
     mesh: Mesh | None = None,
+    attention: str = "auto",
+    logits_mib: float = LOGITS_MIB,
 ) -> Base:
     """A base without numbers, to compile for: each weight is a `jax.ShapeDtypeStruct`.
 
@@ -221,7 +233,9 @@ def outline_base(
     if dtype not in DTYPES:
         raise InputError(f"unknown dtype {dtype!r}; {suggest(dtype, DTYPES)}")
     scheme = find_scheme(quantize)
+    check_computation(remat, attention, logits_mib)
     source = _find_source(name)
+    choose_attention(attention, mesh, dtype, source.config.head_dim)
     shapes = source.config.weight_shapes()
     check_names(shardings, list(shapes))
     with source.open_weights():
@@ -237,7 +251,7 @@ def outline_base(
             stored = jax.eval_shape(lambda x: scheme.build(*scheme.encode(x)), stored)
         sharding = choose_sharding(shardings, weight, shape)
         weights[weight] = jax.tree.map(functools.partial(_placed, sharding), stored)
-    model = Decoder(source.config, weights, remat, mesh)
+    model = Decoder(source.config, weights, remat, mesh, attention, logits_mib)
     return Base(os.fspath(name), model, source.tokenizer)
 
 

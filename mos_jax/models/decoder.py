@@ -10,6 +10,7 @@ value heads, G = H / K, c head width, T slots of a key-value cache, V vocabulary
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,15 +20,17 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from mos_jax.adapters.adapter import Frozen
-from mos_jax.adapters.low_rank import LowRank
 from mos_jax.adapters.sites import SiteShape
 from mos_jax.adapters.strictness import strict
 from mos_jax.errors import InputError, suggest
-from mos_jax.models.attention import attend
+from mos_jax.models.attention import IMPLEMENTATIONS, Attend, choose_attention, implementation
 from mos_jax.models.blocks import add_attention, add_mlp, queries_keys_values, rms_norm
 from mos_jax.models.config import DecoderConfig
+from mos_jax.models.factors import check_block, check_blocks
+from mos_jax.models.head import LOGITS_MIB, head_logits, score_targets
 from mos_jax.models.projection import Dropout, Factors, Projector, layer_dropout
 from mos_jax.models.quantized import Weight, dequantize, scheme_of
+from mos_jax.models.remat import REMAT_POLICIES, remat_policy
 from mos_jax.models.sharding import (
     DATA,
     FSDP,
@@ -42,11 +45,15 @@ from mos_jax.models.windows import layer_flags, layer_views
 
 FactorsSource = Factors | Callable[[jax.Array], Factors] | None
 
-# What a block keeps for its backward pass; everything else is cheap to compute again. The values
-# are the outputs of the large products, so that none of those runs twice; "down" only where a norm
-# comes after it.
-SAVED = ("q", "k", "v", "attended", "middle", "gate", "up", "down", "low_rank")
-REMAT_POLICIES = ("none", "products", "full")
+
+def check_computation(remat: str, attention: str, logits_mib: float) -> None:
+    """Raises InputError for arguments of `Decoder` that no base can have."""
+    if remat not in REMAT_POLICIES:
+        raise InputError(f"unknown remat policy {remat!r}; {suggest(remat, REMAT_POLICIES)}")
+    if attention not in IMPLEMENTATIONS:
+        raise InputError(f"unknown attention {attention!r}; {suggest(attention, IMPLEMENTATIONS)}")
+    if not (math.isfinite(logits_mib) and logits_mib >= 0):
+        raise InputError(f"logits_mib must be 0 or more, got {logits_mib!r}")
 
 
 @jax.tree_util.register_dataclass
@@ -75,6 +82,9 @@ class Decoder(nnx.Module):
       head: [d, V], or None when tied to `embed`.
       mesh: of devices that the weights and the computation are divided over, see `sharding.py`;
         None: one device.
+      attention: which attention a whole text goes through, see `choose_attention`.
+      logits_mib: how many MiB of logits a device may hold at one time while `score` computes a
+        loss; 0: any.
     """
 
     def __init__(
@@ -83,12 +93,15 @@ class Decoder(nnx.Module):
         weights: Mapping[str, Weight],
         remat: str = "products",
         mesh: Mesh | None = None,
+        attention: str = "auto",
+        logits_mib: float = LOGITS_MIB,
     ):
-        if remat not in REMAT_POLICIES:
-            raise InputError(f"unknown remat policy {remat!r}; {suggest(remat, REMAT_POLICIES)}")
+        check_computation(remat, attention, logits_mib)
         self.config = config
         self.remat = remat
         self.mesh = mesh
+        self.attention = attention
+        self.logits_mib = logits_mib
         self.embed = Frozen(weights["embed"])
         self.blocks = nnx.Dict(
             {
@@ -204,6 +217,10 @@ class Decoder(nnx.Module):
             same = segments[:, :, None] == segments[:, None, :]
             mask = mask & (same | (segments[:, None, :] < 0))
         view = layer_views(self.config, positions, mask, positions)
+        chosen = choose_attention(
+            self.attention, self.mesh, embedded.dtype, self.config.head_dim, length
+        )
+        attend_to = implementation(chosen, self.config.query_scale)
 
         def body(x: jax.Array, scanned: Any) -> tuple[jax.Array, None]:
             layer, windowed, weights, low_rank = scanned
@@ -212,16 +229,12 @@ class Decoder(nnx.Module):
             x = constrain(x, self.mesh, ROWS, None)
             project = self._projector(weights, low_rank, layer_dropout(dropout, layer))
             q, k, v = queries_keys_values(self.config, project, x, rope)
-            attended = self._attend(q, k, v, mask)
+            attended = self._attend(q, k, v, mask, attend_to)
             x = add_attention(self.config, project, x, attended)
             return add_mlp(self.config, project, x), None
 
         if self.remat != "none":
-            policy = (
-                jax.checkpoint_policies.save_only_these_names(*SAVED)
-                if self.remat == "products"
-                else jax.checkpoint_policies.nothing_saveable
-            )
+            policy = remat_policy(self.remat, chosen)
             body = jax.checkpoint(body, policy=policy, prevent_cse=False)
         x = embedded.reshape(batch * length, self.config.d_model)
         assemble, low_rank = self._split_source(factors, batch)
@@ -232,16 +245,30 @@ class Decoder(nnx.Module):
     @strict
     def logits(self, hidden: jax.Array) -> jax.Array:
         """The head: [..., d] -> fp32 [..., V]."""
-        flat = constrain(hidden.reshape(-1, hidden.shape[-1]), self.mesh, ROWS, None)
-        if self.head is None:
-            weight, axis = constrain(self.embed[...], self.mesh, TENSOR, None), 1
-        else:
-            weight, axis = constrain(self.head[...], self.mesh, None, TENSOR), 0
-        logits = jax.lax.dot_general(
-            flat, weight, (((1,), (axis,)), ((), ())), preferred_element_type=jnp.float32
-        )
-        logits = constrain(logits, self.mesh, ROWS, TENSOR)
+        logits = head_logits(hidden.reshape(-1, hidden.shape[-1]), *self._head(), self.mesh)
         return logits.reshape(*hidden.shape[:-1], logits.shape[-1])
+
+    @strict
+    def score(self, hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """What a loss needs of `logits`, of which no more exist at a time than `logits_mib`.
+
+        Args:
+          hidden: [..., d].
+          targets: int32 [...].
+
+        Returns:
+          fp32 [...], the targets' negative log likelihood in nats; and bool [...], whether each
+          is the most likely token.
+        """
+        flat = constrain(hidden.reshape(-1, hidden.shape[-1]), self.mesh, ROWS, None)
+        weight, axis = self._head()
+        limit = self.logits_mib * 2**20
+        found = score_targets(flat, targets.reshape(-1), weight, axis, self.mesh, limit)
+        return found[0].reshape(targets.shape), found[1].reshape(targets.shape)
+
+    def _head(self) -> tuple[jax.Array, int]:
+        """The weight of the head, and which of its axes is the vocabulary."""
+        return (self.embed[...], 0) if self.head is None else (self.head[...], 1)
 
     def empty_cache(self, batch: int, slots: int) -> Cache:
         """A key-value cache of `slots` positions for `batch` rows, in the base's dtype."""
@@ -302,14 +329,13 @@ class Decoder(nnx.Module):
             low_rank = {n: gather_factors(f, self.mesh, n) for n, f in low_rank.items()}
         return Projector(weights, low_rank, dropout, self.mesh)
 
-    def _attend(self, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-        """`attend`; on a mesh every device has its rows and its heads to itself."""
+    def _attend(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, how: Attend | None = None
+    ) -> jax.Array:
+        """Attention, `attend` by default; on a mesh every device has its rows and its heads."""
+        how = implementation("grouped", self.config.query_scale) if how is None else how
         heads = (ROWS, None, TENSOR, None)
-
-        def own(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-            return attend(q, k, v, mask, self.config.query_scale)
-
-        return per_shard(own, self.mesh, heads, heads, heads, (ROWS, None, None))(q, k, v, mask)
+        return per_shard(how, self.mesh, heads, heads, heads, (ROWS, None, None))(q, k, v, mask)
 
     def _layers(self) -> tuple[jax.Array, jax.Array | None, dict[str, Weight]]:
         """Index, window flag and weights of the layers, to scan over."""
@@ -328,46 +354,12 @@ class Decoder(nnx.Module):
             def assemble(layer: jax.Array) -> Factors:
                 assembled = source(layer)
                 for name, low_rank in assembled.items():
-                    self._check_block(name, low_rank, rows)
+                    check_block(self.sites, name, low_rank, rows)
                 return assembled
 
             return assemble, {}
         for name, low_rank in factors.items():
-            self._check_blocks(name, low_rank)
+            check_blocks(self.sites, name, low_rank)
         depth = self.config.num_layers
         every = {name: f.for_all_layers(depth) for name, f in factors.items()}
         return None, {name: constrain_factors(f, self.mesh, name) for name, f in every.items()}
-
-    def _site(self, name: str) -> SiteShape:
-        sites = self.sites
-        if name not in sites:
-            raise InputError(f"factors for unknown site {name!r}; {suggest(name, sites)}")
-        return sites[name]
-
-    def _check_blocks(self, name: str, low_rank: LowRank) -> None:
-        """Raises InputError unless these are factors of one rank for blocks of the base."""
-        site, layers = self._site(name), low_rank.layers
-        blocks = list(range(site.num_layers) if layers is None else layers)
-        a, b, scale = low_rank.a.shape, low_rank.b.shape, low_rank.scale.shape
-        if (
-            a != (len(blocks), low_rank.rank, site.d_in)
-            or b != (len(blocks), low_rank.rank, site.d_out)
-            or scale != (len(blocks),)
-            or blocks != sorted(set(blocks) & set(range(site.num_layers)))
-            or not blocks
-        ):
-            raise InputError(
-                f"factors of {name!r} are a {list(a)}, b {list(b)} and scale {list(scale)} for "
-                f"{'all blocks' if layers is None else f'the blocks {blocks}'}; the base has "
-                f"{site.num_layers} of {site.d_in} -> {site.d_out}"
-            )
-
-    def _check_block(self, name: str, low_rank: LowRank, rows: int) -> None:
-        """Raises InputError unless these are one block's factors, for all rows or for each."""
-        site, a, b = self._site(name), low_rank.a.shape, low_rank.b.shape
-        if a[:-2] not in ((), (rows,)) or (a[-1], b[-1]) != (site.d_in, site.d_out):
-            raise InputError(
-                f"factors of {name!r} in one block must be a [r, {site.d_in}] and "
-                f"b [r, {site.d_out}], or have an axis of the batch's {rows} rows before these; "
-                f"got {list(a)} and {list(b)}"
-            )

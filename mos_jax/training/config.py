@@ -20,7 +20,10 @@ from mos_jax.adapters.sites import Sites, SiteShape, select_sites
 from mos_jax.adapters.storage import read_card
 from mos_jax.data.config import DataConfig
 from mos_jax.errors import InputError, suggest
+from mos_jax.models.attention import IMPLEMENTATIONS
+from mos_jax.models.head import LOGITS_MIB
 from mos_jax.models.quantized import SCHEMES
+from mos_jax.models.remat import REMAT_POLICIES
 from mos_jax.training.section import Section, at_least
 
 SCHEDULES = ("linear", "cosine", "constant")
@@ -38,17 +41,28 @@ class BaseSection(Section):
     Attributes:
       name: a name or a path.
       dtype: of the weights and of the computation.
-      remat: what the backward pass computes again.
+      remat: what the backward pass computes again: see docs/fastest_step.md.
       quantize: how the weights of the sites are stored: "int8", "nf4", or None for `dtype`.
+      attention: "auto", or the name of an implementation.
+      logits_mib: MiB of logits that a device may hold at one time for a loss; 0 = any.
     """
 
     name: str = "smollm2-135m-instruct"
     dtype: str = "float32"
     remat: str = "products"
     quantize: str | None = None
+    attention: str = "auto"
+    logits_mib: float = LOGITS_MIB
 
     def check(self, name: str) -> None:
         """See base class."""
+        for field, known in (("remat", REMAT_POLICIES), ("attention", IMPLEMENTATIONS)):
+            value = getattr(self, field)
+            if value not in known:
+                raise InputError(
+                    f"config: {name}.{field} {value!r} is unknown; {suggest(value, known)}"
+                )
+        at_least(f"{name}.logits_mib", self.logits_mib, 0)
         if self.quantize is not None and self.quantize not in SCHEMES:
             raise InputError(
                 f"config: {name}.quantize {self.quantize!r} is unknown; "

@@ -15,6 +15,9 @@ MAY_CHANGE = (
     "logging",
     "checkpoint",
     "mesh",
+    "base.remat",
+    "base.attention",
+    "base.logits_mib",
 )
 
 

@@ -48,6 +48,8 @@ class Loads:
                 section.quantize,
                 placement and placement.weights(section.quantize),
                 placement and placement.mesh,
+                section.attention,
+                section.logits_mib,
             )
             self._base = key, base
         return self._base[1]

@@ -1,0 +1,117 @@
+"""Every implementation of attention gives what `attend` gives, or is refused with the reason."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+from mos_jax import InputError, load_base
+from mos_jax.models import attention
+from mos_jax.models.attention import attend, choose_attention, implementation
+from mos_jax.models.decoder import Decoder
+from tests.models.fixtures_decoder import filled_adapter
+from tests.models.fixtures_families import FAMILY_FIELDS, family_decoder
+
+ROWS, LENGTH = 2, 12
+POSITIONS = np.array([[0, 1, 2, 3, 4, 5, 3, 4, 5, 6, 0, 0], [*range(7), *range(5)]], np.int32)
+# A prefix that is shared, two texts, and filler; then two texts.
+SEGMENTS = np.array([[-1] * 3 + [1] * 3 + [2] * 4 + [0] * 2, [1] * 7 + [2] * 5], np.int32)
+
+
+def arrays(dtype=jnp.float32):
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(ROWS, LENGTH, heads, 8)) for heads in (4, 2, 2))
+    mask = rng.random((ROWS, LENGTH, LENGTH)) < 0.5
+    mask |= np.eye(LENGTH, dtype=bool)
+    return *(jnp.asarray(x, dtype) for x in (q, k, v)), jnp.asarray(mask)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("scale", [None, 0.7])
+def test_xla_gives_the_values_and_gradients_of_attend_under_any_mask(dtype, scale):
+    *inputs, mask = arrays(dtype)
+
+    def run(how):
+        def total(q, k, v):
+            out = how(q, k, v, mask)
+            return jnp.sum(jnp.sin(out.astype(jnp.float32))), out
+
+        return jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(*inputs)
+
+    ours = run(lambda q, k, v, mask: attend(q, k, v, mask, scale))
+    theirs = run(implementation("xla", scale))
+    share = 1e-5 if dtype == jnp.float32 else 2**-6
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        assert np.abs(a - b).max() <= share * np.abs(b).max()
+
+
+@pytest.mark.parametrize("family", FAMILY_FIELDS)
+def test_every_family_computes_the_same_with_either(family):
+    """Segments, a shared prefix, filler, windows by position, scales and norms of heads."""
+    model = family_decoder(family)
+    rng = np.random.default_rng(1)
+    tokens = jnp.asarray(rng.integers(0, model.config.vocab_size, (ROWS, LENGTH)), jnp.int32)
+    factors = filled_adapter(model.sites).factors()
+
+    def run(name):
+        other = Decoder(model.config, model.weights, attention=name)
+
+        def total(factors):
+            out = other.hidden(tokens, factors, positions=POSITIONS, segments=SEGMENTS)
+            return jnp.sum(jnp.sin(out)), out
+
+        return jax.jit(jax.value_and_grad(total, has_aux=True))(factors)
+
+    for a, b in zip(*(jax.tree.leaves(run(name)) for name in ("grouped", "xla")), strict=True):
+        assert np.abs(a - b).max() <= 1e-5 * np.abs(b).max()
+
+
+def test_auto_is_cudnn_only_where_all_it_needs_is_there(monkeypatch):
+    assert choose_attention("auto", None, "bfloat16", 64, 128) == "grouped"
+    monkeypatch.setattr(attention, "platform_of", lambda mesh: "cuda")
+    assert choose_attention("auto", None, "bfloat16", 64, 128) == "cudnn"
+    assert choose_attention("cudnn", None, "float16", 128) == "cudnn"
+    for dtype, width, length, words in (
+        ("float32", 64, 128, "computes in bfloat16, and the base's dtype is float32"),
+        ("bfloat16", 256, 128, "at most 128 wide, by 8, and those of the base have 256"),
+        ("bfloat16", 12, 128, "at most 128 wide, by 8, and those of the base have 12"),
+        ("bfloat16", 64, 127, "rows of an even number of tokens .* got 127"),
+    ):
+        assert choose_attention("auto", None, dtype, width, length) == "grouped"
+        with pytest.raises(InputError, match=f"'cudnn' .*{words}"):
+            choose_attention("cudnn", None, dtype, width, length)
+
+
+def test_what_cannot_be_had_is_refused_before_anything_is_read(monkeypatch):
+    monkeypatch.setattr("mos_jax.models.base.place", None)
+    with pytest.raises(InputError, match=r"'cudnn' needs an NVIDIA GPU, and the devices are 'cpu'"):
+        load_base("tiny-random", "bfloat16", attention="cudnn")
+    with pytest.raises(InputError, match=r"unknown attention 'flash'; .*Known: auto, cudnn"):
+        load_base("tiny-random", attention="flash")
+    with pytest.raises(InputError, match="unknown remat policy 'all'"):
+        load_base("tiny-random", remat="all")
+    with pytest.raises(InputError, match="mask must be bool"):
+        attend(*arrays()[:3], jnp.zeros((ROWS, LENGTH, LENGTH)))
+
+
+def test_cudnn_is_lowered_for_cuda_with_its_kernels_once_each(monkeypatch):
+    """As far as a machine without a GPU can go: the program for CUDA, which nothing has run."""
+    monkeypatch.setattr(attention, "platform_of", lambda mesh: "cuda")
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91100)
+    base = load_base("tiny-random", "bfloat16", attention="auto")
+    tokens = jnp.zeros((ROWS, LENGTH), jnp.int32)
+
+    def total(factors):
+        out = base.model.hidden(tokens, factors, positions=POSITIONS, segments=SEGMENTS)
+        return jnp.sum(out.astype(jnp.float32))
+
+    factors = filled_adapter(base.sites).factors()
+    traced = jax.jit(jax.grad(total)).trace(factors)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    calls = re.findall(r"custom_call @__cudnn\$fmha(\w+)\(", text)
+    # Once in the scan over layers and once in that of the backward pass: nothing runs twice.
+    assert sorted(calls) == ["ScaleBiasSoftmax", "ScaleBiasSoftmaxBackward"]
