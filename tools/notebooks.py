@@ -135,7 +135,7 @@ def run(
         timeout=TIMEOUT,
         kernel_name="python3",
         coalesce_streams=True,
-        resources={"metadata": {"path": str(folder)}}
+        resources={"metadata": {"path": str(folder)}},
     )
     client.execute()
     for cell in whole.cells:
