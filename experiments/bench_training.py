@@ -31,6 +31,12 @@ PARTS = flags.DEFINE_multi_enum("parts", ["dense", "job"], ["dense", "job"], "Wh
 ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds that count; one more warms up.", lower_bound=1)
 STEPS = flags.DEFINE_integer("steps", 8, "Training steps in a round of the job.", lower_bound=1)
 THREADS = flags.DEFINE_integer("threads", 2, "CPUs that each side may use.", lower_bound=1)
+TRIES = flags.DEFINE_integer(
+    "tries",
+    3,
+    "How often a disturbed run is made at most; 1 where the machine stays busy.",
+    lower_bound=1,
+)
 QUICK = flags.DEFINE_bool("quick", False, "Tiny sizes and one round: shows only that it works.")
 
 
@@ -72,10 +78,10 @@ def main(_: Sequence[str]) -> None:
     threads = THREADS.value
     found = {"machine": machine_facts(threads), "config": config.to_dict()}
     if "dense" in PARTS.value:
-        found["dense"] = compare_dense(config, shape, rounds, threads, say)
+        found["dense"] = compare_dense(config, shape, rounds, threads, TRIES.value, say)
         print_comparison(f"dense step, {shape[0]} x {shape[1]}", found["dense"], console)
     if "job" in PARTS.value:
-        found["job"] = compare_job(config, steps, rounds, threads, say)
+        found["job"] = compare_job(config, steps, rounds, threads, TRIES.value, say)
         print_comparison(f"job, {steps} steps", found["job"], console)
     if OUT.value:
         Path(OUT.value).parent.mkdir(parents=True, exist_ok=True)

@@ -97,7 +97,7 @@ class _Embedded:
 
     def __init__(self, model: Decoder, embedded: jax.Array):
         self._model, self._embedded = model, embedded
-        self.logits = model.logits
+        self.score = model.score
 
     def hidden(self, tokens: jax.Array, factors: None, **options: Any) -> jax.Array:
         return self._model.transform(self._embedded, factors, **options)

@@ -8,6 +8,7 @@ import os
 import platform
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,6 +30,23 @@ TRIES = 3
 Times = dict[str, list[float]]
 
 
+@dataclass(frozen=True)
+class Played:
+    """What was measured of each contestant, one entry a round.
+
+    Attributes:
+      seconds: by the clock.
+      others: share of the processors that other programs took meanwhile.
+      processor: processor seconds of all threads of the contestant's process. They say more than
+        the clock where other programs run, but count a thread that waits in a spin, as torch's do,
+        as work.
+    """
+
+    seconds: Times = field(default_factory=dict)
+    others: Times = field(default_factory=dict)
+    processor: Times = field(default_factory=dict)
+
+
 class Runner(Protocol):
     """What `play` needs of a `Worker`."""
 
@@ -38,34 +56,36 @@ class Runner(Protocol):
 
 
 def play(
-    contestants: Sequence[tuple[str, Runner]], rounds: int, say: Callable[[str], None]
-) -> tuple[Times, Times]:
+    contestants: Sequence[tuple[str, Runner]],
+    rounds: int,
+    say: Callable[[str], None],
+    tries: int = TRIES,
+) -> Played:
     """Runs every contestant once per round, after a warm-up round that does not count.
 
     The order rotates, so that nobody always follows the same neighbour or the same noise.
-
-    Returns:
-      By contestant, one per round: seconds; and the share of the processors that other programs
-      took meanwhile.
     """
-    times: Times = {name: [] for name, _ in contestants}
-    others: Times = {name: [] for name, _ in contestants}
+    names = [name for name, _ in contestants]
+    played = Played()
+    for times in (played.seconds, played.others, played.processor):
+        times.update({name: [] for name in names})
     for number in range(rounds + 1):
         turn = number % len(contestants)
         for name, runner in [*contestants[turn:], *contestants[:turn]]:
-            run = _undisturbed(name, runner, say) if number else runner.run(name)
+            run = _undisturbed(name, runner, say, tries) if number else runner.run(name)
             if number:
-                times[name].append(run.seconds)
-                others[name].append(run.others or 0.0)
+                played.seconds[name].append(run.seconds)
+                played.others[name].append(run.others or 0.0)
+                played.processor[name].append(run.processor or 0.0)
         if number:
-            shown = ", ".join(f"{name} {seconds[-1]:.3f} s" for name, seconds in times.items())
+            shown = ", ".join(f"{name} {played.seconds[name][-1]:.3f} s" for name in names)
             say(f"round {number}/{rounds}: {shown}")
-    return times, others
+    return played
 
 
-def _undisturbed(name: str, runner: Runner, say: Callable[[str], None]) -> Run:
+def _undisturbed(name: str, runner: Runner, say: Callable[[str], None], tries: int) -> Run:
     runs: list[Run] = []
-    while len(runs) < TRIES:
+    while len(runs) < tries:
         runs.append(runner.run(name))
         others = runs[-1].others or 0.0
         if others <= DISTURBED:

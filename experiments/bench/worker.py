@@ -10,6 +10,7 @@ import importlib
 import multiprocessing
 import os
 import signal
+import time
 import traceback
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -43,7 +44,7 @@ class Run:
       others: share of the machine's processor time that other programs took meanwhile, from 0 to
         1; None where the system does not tell.
       processor: processor seconds that the contestant's process took, of all its threads; None
-        where the system does not tell.
+        if they were not measured.
     """
 
     seconds: float
@@ -88,23 +89,24 @@ class Worker:
 
     def prepare(self) -> dict[str, Facts]:
         """Calls `Side.prepare` there."""
-        return self._call("prepare")
+        return self._call("prepare")[0]
 
     def run(self, contestant: str) -> Run:
         """Calls `Side.run` there."""
         before = _processor_ticks(self._process.pid)
-        seconds = self._call("run", contestant)
+        seconds, processor = self._call("run", contestant)
         after = _processor_ticks(self._process.pid)
         if before is None or after is None:
-            return Run(seconds, None)
+            return Run(seconds, None, processor)
         total, idle, own = (b - a for a, b in zip(before, after, strict=True))
         others = max(0.0, (total - idle - own) / max(total, 1))
-        return Run(seconds, others, own / os.sysconf("SC_CLK_TCK"))
+        return Run(seconds, others, processor)
 
-    def _call(self, *words: str) -> Any:
+    def _call(self, *words: str) -> tuple[Any, float]:
+        """The answer, and the processor seconds that it took."""
         try:
             self._pipe.send(words)
-            kind, answer = self._pipe.recv()
+            kind, answer, processor = self._pipe.recv()
         except (EOFError, OSError):
             self._process.join()
             status = self._process.exitcode
@@ -113,7 +115,7 @@ class Worker:
             raise InputError(answer)
         if kind == "defect":
             raise RuntimeError(f"{self._side} failed:\n{answer}")
-        return answer
+        return answer, processor
 
 
 def _processor_ticks(process: int | None) -> tuple[int, int, int] | None:
@@ -143,8 +145,10 @@ def _serve(pipe: Connection, name: str, cpus: int, arguments: dict[str, Any]) ->
         try:
             if side is None:
                 side = getattr(importlib.import_module(module), attribute)(**arguments)
-            pipe.send(("answer", getattr(side, call)(*words)))
+            start = time.process_time()
+            answer = getattr(side, call)(*words)
+            pipe.send(("answer", answer, time.process_time() - start))
         except InputError as error:
-            pipe.send(("input", str(error)))
+            pipe.send(("input", str(error), 0.0))
         except Exception:
-            pipe.send(("defect", traceback.format_exc()))
+            pipe.send(("defect", traceback.format_exc(), 0.0))
