@@ -69,9 +69,9 @@ class Admission:
 
     def release(self, job: Job) -> None:
         """Ends the use of a job, if it has one."""
-        if job.use is not None:
-            job.use.release()
-            job.use = None
+        use, job.use = job.use, None
+        if use is not None:
+            use.release()
             self._uses[job.tenant] -= 1
             if not self._uses[job.tenant]:
                 del self._uses[job.tenant]

@@ -10,7 +10,7 @@ from mos_jax.serving.jobs import Job
 from mos_jax.serving.observing import LOG
 from mos_jax.serving.requests import Done, Event
 
-# How long `close` waits for a listener that does not return.
+# Seconds that `join` waits for a listener that does not return.
 PATIENCE = 10.0
 
 
@@ -44,20 +44,25 @@ class Delivery:
         """How many events wait."""
         return self._events.qsize()
 
-    def close(self) -> None:
-        """Ends the thread when all has been told, and waits for it for a while."""
+    def finish(self) -> None:
+        """Has the thread end when all that was put has been told."""
         self._events.put(None)
+
+    def join(self) -> None:
+        """Waits for the end of the thread, but not for ever."""
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join(PATIENCE)
 
     def _run(self) -> None:
         while (item := self._events.get()) is not None:
             job, event = item
-            try:
-                job.listener(event)
-            except Exception:
-                LOG.exception("the listener of request %s failed", job.id)
-                self._failed(job)
+            if not job.deaf or isinstance(event, Done):
+                try:
+                    job.listener(event)
+                except Exception:
+                    LOG.warning("the listener of request %s failed", job.id, exc_info=True)
+                    job.deaf = True
+                    self._failed(job)
             if isinstance(event, Done):
                 self._told(job)
             del item, job, event  # nothing of a request is kept while the thread waits

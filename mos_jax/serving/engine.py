@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import operator
 import os
 import secrets
 import threading
@@ -13,6 +13,7 @@ import uuid
 from types import TracebackType
 from typing import Any, Self
 
+from mos_jax.adapters.adapter import require_positive
 from mos_jax.adapters.bank import BASE_NAME
 from mos_jax.errors import InputError
 from mos_jax.models.base import Base
@@ -132,7 +133,7 @@ class Engine:
         self._scheduler.end()
         if started and self._thread is not threading.current_thread():
             self._thread.join()
-        self._delivery.close()
+        self._delivery.join()
         self.bank.on_read(None)
 
     def __enter__(self) -> Self:
@@ -211,16 +212,18 @@ class Engine:
     # Tenants.
 
     def load(self, name: str, folder: str | os.PathLike[str]) -> None:
-        """Makes a tenant known, see `TenantBank.register`; from any thread.
+        """Makes a tenant known, as `TenantBank.register` does; from any thread.
+
+        Once the engine is started, its arrays are read and checked as well, in the calling thread.
 
         Raises:
-          InputError: as that; or if one of this name is being unloaded.
+          InputError: for what cannot be a tenant; or if one of this name is being unloaded.
         """
         if self._scheduler.is_leaving(name):
             raise InputError(
                 f"tenant {name!r} is being unloaded; try again when its requests have ended"
             )
-        self.bank.register(name, folder)
+        self.bank.register(name, folder, read=self._state == "running")
 
     def unload(self, name: str, wait: float = 0) -> bool:
         """Forgets a tenant, with its cached prefixes; its folder stays. From any thread.
@@ -271,26 +274,27 @@ class Engine:
     # Within.
 
     def _job(self, request: Request, listener: Listener) -> Job:
-        prompt, tenant = tuple(request.prompt), request.tenant
-        if tenant != BASE_NAME and tenant not in self.bank:
+        tenant = request.tenant
+        if not isinstance(tenant, str) or (tenant != BASE_NAME and tenant not in self.bank):
             raise Refused("unknown_tenant", f"no tenant {tenant!r}")
-        if not prompt:
+        if not len(request.prompt):
             raise InputError("the prompt is empty; give at least one token")
-        vocabulary = self.base.config.vocab_size
-        if not all(isinstance(token, int) for token in prompt):
-            raise InputError("the prompt must be token ids, as integers")
-        if min(prompt) < 0 or max(prompt) >= vocabulary:
-            raise InputError(f"the prompt holds a token id outside 0..{vocabulary - 1}")
-        room = self.room(len(prompt))
+        room = self.room(len(request.prompt))
         if room < 1:
             raise Refused(
                 "too_long",
-                f"a prompt of {len(prompt)} tokens does not fit: prompt and answer together have "
-                f"at most {self._runner.length} tokens",
+                f"a prompt of {len(request.prompt)} tokens does not fit: prompt and answer "
+                f"together have at most {self._runner.length} tokens",
             )
-        timeout = request.timeout
-        if timeout is not None and not (timeout > 0 and math.isfinite(timeout)):
-            raise InputError(f"timeout must be a finite number of seconds above 0, got {timeout!r}")
+        try:
+            prompt = tuple(map(operator.index, request.prompt))
+        except TypeError:
+            raise InputError("the prompt must be token ids, as integers") from None
+        vocabulary = self.base.config.vocab_size
+        if min(prompt) < 0 or max(prompt) >= vocabulary:
+            raise InputError(f"the prompt holds a token id outside 0..{vocabulary - 1}")
+        if request.timeout is not None:
+            require_positive("request", "timeout", request.timeout)
         sampling = request.sampling
         seed = sampling.seed if sampling.seed is not None else secrets.randbits(32)
         now = time.monotonic()
@@ -303,7 +307,7 @@ class Engine:
             limit=min(sampling.max_tokens, room),
             text=AnswerText(self.tokenizer, sampling.stop, prompt),
             accepted=now,
-            deadline=None if timeout is None else now + timeout,
+            deadline=None if request.timeout is None else now + request.timeout,
         )
 
     def _run(self) -> None:
@@ -317,6 +321,8 @@ class Engine:
                 pass
         except BaseException as error:
             self._fail(error)
+        finally:
+            self._delivery.finish()
 
     def _fail(self, error: BaseException) -> None:
         LOG.error("the engine failed:\n%s", "".join(traceback.format_exception(error)))

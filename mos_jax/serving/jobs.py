@@ -6,7 +6,7 @@ import dataclasses
 
 from mos_jax.serving.answer_text import AnswerText
 from mos_jax.serving.requests import Listener, Request, TokenInfo, TokenSampling
-from mos_jax.serving.tenants import Use
+from mos_jax.serving.uses import Use
 
 
 @dataclasses.dataclass(eq=False)
@@ -34,6 +34,8 @@ class Job:
       unsent: those that no `Piece` has had.
       heard: when the latest token came.
       ended: whether its end has been told; what still comes is dropped.
+      deaf: whether its listener has failed; it is told the end and nothing else. Changed by the
+        thread that tells.
     """
 
     id: str
@@ -54,6 +56,7 @@ class Job:
     unsent: list[TokenInfo] = dataclasses.field(default_factory=list)
     heard: float = 0.0
     ended: bool = False
+    deaf: bool = False
 
     @property
     def tenant(self) -> str:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Literal
 
-from mos_jax.adapters.adapter import require_integer
+from mos_jax.adapters.adapter import require_finite, require_integer
 from mos_jax.errors import InputError
 
 # As many as OpenAI's API gives.
@@ -67,7 +67,9 @@ class TokenSampling:
         """Checks the values. Raises InputError."""
         require_integer("sampling", "max_tokens", self.max_tokens, 1)
         require_integer("sampling", "top_k", self.top_k, 0)
-        if not (0 <= self.temperature and math.isfinite(self.temperature)):
+        require_finite("sampling", "temperature", self.temperature)
+        require_finite("sampling", "top_p", self.top_p)
+        if self.temperature < 0:
             raise InputError(f"temperature must be a finite number >= 0, got {self.temperature!r}")
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p must be above 0 and at most 1, got {self.top_p!r}")
@@ -75,9 +77,11 @@ class TokenSampling:
             require_integer("sampling", "seed", self.seed, 0)
             if self.seed >= 1 << 32:
                 raise InputError(f"seed must be below 2**32, got {self.seed}")
-        if isinstance(self.stop, str) or len(self.stop) > MOST_STOPS or not all(self.stop):
+        texts = isinstance(self.stop, tuple) and all(isinstance(s, str) and s for s in self.stop)
+        if not texts or len(self.stop) > MOST_STOPS:
             raise InputError(
-                f"stop must be at most {MOST_STOPS} texts that are not empty, got {self.stop!r}"
+                f"stop must be a tuple of at most {MOST_STOPS} texts that are not empty, got "
+                f"{self.stop!r}"
             )
         longest = max(map(len, self.stop), default=0)
         if longest > MOST_STOP_CHARACTERS:

@@ -109,6 +109,8 @@ class Scheduler:
             self._admission.add(job)
             if job.deadline is not None:
                 self._next_deadline = min(job.deadline, self._next_deadline or job.deadline)
+            # Before the turning thread can see it, so that nothing is told of it earlier.
+            self._observers.tell(lambda each: each.accepted(job.request))
             self._tell()
 
     def cancel(self, job: Job) -> None:
@@ -255,7 +257,7 @@ class Scheduler:
                 failed = self._admission.ask()
                 job = self._admission.next() if self._rows and not failed else None
             for broken, error in failed:
-                self._end(broken, "error", f"tenant {broken.tenant!r} cannot be loaded", str(error))
+                self._end_broken(broken, f"tenant {broken.tenant!r} cannot be loaded", error)
             if job is not None:
                 self._start(job)
             elif not failed:
@@ -267,7 +269,7 @@ class Scheduler:
             job.cached = self._runner.start(row, job.request.prompt, job.tenant, job.sampling)
         except InputError as error:  # of this request alone
             self._rows.append(row)
-            self._end(job, "error", "the request cannot be computed", str(error))
+            self._end_broken(job, "the request cannot be computed", error)
             return
         job.row, job.prefilled = row, job.cached
         self.counts["admitted"] += 1
@@ -283,12 +285,12 @@ class Scheduler:
             size = next((piece for piece in pieces if piece >= left), pieces[-1]) if left > 0 else 0
             if spent and spent + size > budget:
                 return
-            self._prefilling.popleft()
             assert job.row is not None
             if self._runner.prefill(job.row):
                 self._decoding[job.row] = job
+                self._prefilling.popleft()
             else:
-                self._prefilling.append(job)
+                self._prefilling.rotate(-1)
             job.prefilled += size
             spent += size
             self.counts["pieces"] += size > 0
@@ -318,9 +320,9 @@ class Scheduler:
         job.unsent.append(info)
         self.counts["tokens"] += 1
         if first:
-            self._observers.tell(lambda o: o.first_token(job.request, now - job.accepted))
+            self._observers.tell(lambda each: each.first_token(job.request, now - job.accepted))
         else:
-            self._observers.tell(lambda o: o.tokens(job.request, 1, now - job.heard))
+            self._observers.tell(lambda each: each.tokens(job.request, 1, now - job.heard))
         job.heard = now
         if info.token == self._stop and not job.sampling.ignore_eos:
             self._end(job, "stop")
@@ -337,10 +339,10 @@ class Scheduler:
     def _end(
         self, job: Job, reason: Reason, error: str | None = None, detail: str | None = None
     ) -> None:
-        if job.ended:
+        if job.id not in self.open:
             return
+        job.ended = True
         with self.wake:
-            job.ended = True
             self._admission.remove(job)
         self._leave_row(job, broken=reason == "error")
         rest = job.text.finish()
@@ -348,8 +350,6 @@ class Scheduler:
             reason = "stop"
         if rest or job.unsent:
             self._emit(job, Piece(rest, tuple(job.unsent)))
-        if error is not None:
-            LOG.warning("request %s of %r: %s: %s", job.id, job.tenant, error, detail)
         done = Done(
             reason, len(job.request.prompt), job.generated, job.cached, error=error, detail=detail
         )
@@ -361,18 +361,24 @@ class Scheduler:
             self.counts[f"done_{reason}"] += 1
             self._tell()
         seconds = time.monotonic() - job.accepted
-        self._observers.tell(lambda o: o.done(job.request, done, seconds))
+        self._observers.tell(lambda each: each.done(job.request, done, seconds))
         self._emit(job, done)
+
+    def _end_broken(self, job: Job, error: str, detail: InputError) -> None:
+        """Ends a job for an error of its own."""
+        LOG.warning("request %s of %r: %s: %s", job.id, job.tenant, error, detail)
+        self._end(job, "error", error, str(detail))
 
     def _leave_row(self, job: Job, broken: bool = False) -> None:
         """Frees a job's row and then its tenant's slot, as far as it has them."""
-        if job.row is not None:
-            if self._decoding.pop(job.row, None) is None:
+        # What is known of the job comes first: if a call fails, it is ended once more, as broken.
+        row, job.row = job.row, None
+        if row is not None:
+            if self._decoding.pop(row, None) is None:
                 self._prefilling.remove(job)
+            self._rows.append(row)
             if not broken:
-                self._runner.free(job.row)
-            self._rows.append(job.row)
-            job.row = None
+                self._runner.free(row)
         with self.wake:
             self._admission.release(job)
             self._tell()

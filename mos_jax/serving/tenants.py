@@ -39,31 +39,7 @@ from mos_jax.serving.lanes import Lane, Tenant, allocate, choose_slab, planned_b
 from mos_jax.serving.loading import HostTier, Loader
 from mos_jax.serving.options import BankOptions
 from mos_jax.serving.slabs import PoolSlab, Rows, Slab, SummedRows
-
-
-class Use:
-    """One use of a tenant, from `request` until `release`: it keeps its slot as long.
-
-    Attributes:
-      name: the tenant.
-      error: why it cannot be used, once that is known.
-    """
-
-    def __init__(self, bank: TenantBank, name: str):
-        self.name = name
-        self.error: InputError | None = None
-        self._bank, self._released = bank, False
-
-    @property
-    def ready(self) -> bool:
-        """Whether the tenant is on the device, so that `for_rows` takes it."""
-        return not self._released and self._bank.is_resident(self.name)
-
-    def release(self) -> None:
-        """Ends the use; what follows a first call does nothing."""
-        if not self._released:
-            self._released = True
-            self._bank._release(self)
+from mos_jax.serving.uses import Use
 
 
 class TenantBank:
@@ -118,10 +94,15 @@ class TenantBank:
         """All tenants known, in the order they were registered."""
         return tuple(self._tenants)
 
-    def register(self, name: str, folder: str | os.PathLike[str]) -> None:
+    def register(self, name: str, folder: str | os.PathLike[str], read: bool = False) -> None:
         """Makes a tenant known; its arrays are read when it is first asked for.
 
         Only its card is read, and checked against the base; of the first tenant of a kind, all.
+
+        Args:
+          name: of the tenant.
+          folder: of its adapter.
+          read: whether to read and check its arrays at once, too; `open` the bank before.
 
         Raises:
           InputError: for a name that is malformed or taken, a damaged card, an adapter for another
@@ -140,7 +121,17 @@ class TenantBank:
                     kind,
                     choose_slab(name, kind, self._kinds.values(), self._lanes, self.options),
                 )
-            self._tenants[name] = Tenant(name, path, *self._kinds[kind.key])
+            tenant = Tenant(name, path, *self._kinds[kind.key])
+        try:
+            entry = self._read(name, tenant) if read else None
+        except OSError as error:
+            raise InputError(f"{name!r} cannot be read: {error}") from error
+        with self._lock:
+            if name in self._tenants:
+                raise InputError(f"there is a tenant {name!r} already; remove it first")
+            self._tenants[name] = tenant
+            if read:
+                self.host.put(name, entry)
 
     def register_folder(self, folder: str | os.PathLike[str]) -> dict[str, str]:
         """Registers each folder in `folder` under its own name.
@@ -215,7 +206,7 @@ class TenantBank:
         """
         self.open()
         with self._lock:
-            tenant, use = self._tenant(name), Use(self, name)
+            tenant, use = self._tenant(name), Use(self.is_resident, self._release, name)
             slots = self._lane(tenant).slots
             if slots.place_of(name) is None:
                 self._loader.check_open()

@@ -4,10 +4,17 @@ import threading
 import types
 import zlib
 
-from mos_jax import InputError
+from mos_jax import (
+    Done,
+    EngineOptions,
+    InputError,
+    Piece,
+    Request,
+    TokenInfo,
+    TokenSampling,
+)
+from mos_jax.adapters.bank import BASE_NAME
 from mos_jax.models.tokenizer import Tokenizer
-from mos_jax.serving.engine_options import EngineOptions
-from mos_jax.serving.requests import TokenInfo
 
 TOKENIZER = Tokenizer.byte_level()
 END = TOKENIZER.end_of_turn
@@ -21,13 +28,45 @@ def answer_of(prompt, tenant, seed, n):
 
 
 class FakeStep:
-    def __init__(self, found, broken):
-        self.found, self.broken = found, broken
+    def __init__(self, runner, found):
+        self.runner, self.found = runner, found
 
     def fetch(self):
-        if self.broken is not None:
-            raise self.broken
+        self.runner._call("fetch")
         return self.found
+
+
+class Heard:
+    """A listener that keeps what it is told.
+
+    Attributes:
+      events: all of them.
+      done: set at the first `Done`.
+    """
+
+    def __init__(self):
+        self.events, self.done = [], threading.Event()
+
+    def __call__(self, event):
+        self.events.append(event)
+        if isinstance(event, Done):
+            self.done.set()
+
+    def end(self):
+        """Waits for the end; returns the one `Done`, which must be the last event."""
+        assert self.done.wait(60)
+        *pieces, done = self.events
+        assert all(isinstance(piece, Piece) for piece in pieces)
+        return done
+
+    @property
+    def text(self):
+        return "".join(event.text for event in self.events if isinstance(event, Piece))
+
+
+def ask(tenant=BASE_NAME, prompt="Hello", *, timeout=None, **sampling):
+    """A request by its text."""
+    return Request(tenant, tuple(TOKENIZER.encode(prompt)), TokenSampling(**sampling), timeout)
 
 
 class FakeRunner:
@@ -37,6 +76,7 @@ class FakeRunner:
       answers: by prompt, tokens to give; for other prompts `answer_of`.
       gate: if set, a semaphore that each decode step takes.
       fails: by the name of a method, an exception that it raises next.
+      hooks: by the name of a method, what is called in it, each time.
       log: ("start", tenant) and so on, in order.
     """
 
@@ -45,7 +85,7 @@ class FakeRunner:
         self.rows, self.length = self.options.rows, self.options.length
         self.nbytes = 1000
         self.row = {}
-        self.answers, self.fails, self.log = {}, {}, []
+        self.answers, self.fails, self.hooks, self.log = {}, {}, {}, []
         self.gate = None
         self.thread = None
 
@@ -54,6 +94,7 @@ class FakeRunner:
             self.thread = threading.get_ident()
         assert threading.get_ident() == self.thread, "one thread calls a runner"
         self.log.append((name, *what))
+        self.hooks.get(name, lambda: None)()
         if name in self.fails:
             raise self.fails.pop(name)
 
@@ -96,7 +137,7 @@ class FakeRunner:
                 token = known[state.n] if known and state.n < len(known) else answer_of(*args)
                 found.append((row, TokenInfo(token)))
                 state.n += 1
-        return FakeStep(found, self.fails.pop("fetch", None))
+        return FakeStep(self, found)
 
     def free(self, row):
         self._call("free", row)

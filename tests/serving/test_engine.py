@@ -2,9 +2,9 @@ import threading
 
 import pytest
 
-from mos_jax import Done, Engine, EngineOptions, InputError, Piece, Refused, Request, TokenSampling
+from mos_jax import Done, Engine, EngineOptions, InputError, Piece, Refused, Request
 from mos_jax.adapters.bank import BASE_NAME
-from tests.serving.fixtures_serving import BASE, END, TOKENIZER, FakeRunner, answer_of
+from tests.serving.fixtures_serving import BASE, END, TOKENIZER, FakeRunner, answer_of, ask
 from tests.serving.fixtures_tenants import LORA, bank_of, tenants_in
 
 OPTIONS = EngineOptions(rows=4, length=64, pieces=(4, 8), queue=20, tenant_queue=12)
@@ -33,10 +33,6 @@ def runner():
 def engine(bank, runner):
     with Engine(BASE, bank, OPTIONS, runner=runner) as engine:
         yield engine
-
-
-def ask(tenant=BASE_NAME, prompt="Hello", *, timeout=None, **sampling):
-    return Request(tenant, tuple(TOKENIZER.encode(prompt)), TokenSampling(**sampling), timeout)
 
 
 def expected(request, seed, n):
@@ -98,7 +94,7 @@ class TestRefusals:
         [
             (Request(BASE_NAME, ()), "prompt is empty"),
             (Request(BASE_NAME, (1, 259)), "outside 0..258"),
-            (Request(BASE_NAME, ("x",)), "as integers"),
+            (Request(BASE_NAME, (1.5,)), "as integers"),  # type: ignore[arg-type]
             (ask(timeout=0), "timeout"),
         ],
         ids=["empty", "vocabulary", "text", "timeout"],
