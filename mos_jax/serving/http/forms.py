@@ -206,12 +206,16 @@ class TextForm(Form):
         return {
             "tokens": texts,
             "token_logprobs": [_bounded(info.logprob) for info in shown],
-            "top_logprobs": [
-                {self._texts.text(token): _bounded(value) for token, value in info.top.items()}
-                for info in shown
-            ],
+            "top_logprobs": [self._by_text(info) for info in shown],
             "text_offset": offsets[:-1],
         }
+
+    def _by_text(self, info: TokenInfo) -> dict[str, float]:
+        """Alternatives by text; of tokens that share it (parts of characters), the likeliest."""
+        found: dict[str, float] = {}
+        for token, value in info.top.items():
+            found.setdefault(self._texts.text(token), _bounded(value))
+        return found
 
 
 def count_usage(choices: Sequence[Gathered], n: int) -> dict[str, Any]:

@@ -9,14 +9,15 @@ import types
 
 import httpx
 
-from mos_jax import Engine, EngineOptions
+from mos_jax import BankOptions, Engine, EngineOptions, TenantBank, load_base, save_adapter
 from mos_jax.serving.http.keys import read_keys
 from mos_jax.serving.http.metrics import Metrics
 from mos_jax.serving.http.options import Limits
 from mos_jax.serving.http.server import Server, listen
 from mos_jax.serving.http.service import Service
+from tests.models.fixtures_decoder import filled_adapter
 from tests.serving.fixtures_serving import BASE, FakeRunner
-from tests.serving.fixtures_tenants import DECODER, FINGERPRINT, bank_of
+from tests.serving.fixtures_tenants import DECODER, FINGERPRINT, LORA, MOS, bank_of
 
 ALL = "key-for-all-models-1"
 ANNA = "key-for-anna-alone-2"
@@ -105,6 +106,31 @@ def fake_server(folder, keys, *, options=OPTIONS, **service):
     engine = Engine(NO_BASE, bank, options, runner=runner)
     try:
         with serving(engine, keys, roots=[folder], runner=runner, **service) as live:
+            yield live
+    finally:
+        bank.close()
+
+
+def real_folder(folder):
+    """Three tenants of MoS and one of LoRA for the tiny base; returns the base and the adapters."""
+    base = load_base("tiny-random")
+    made = {}
+    for seed, (name, config) in enumerate(
+        {"anna": MOS, "ben": MOS, "carl": MOS, "dora": LORA}.items()
+    ):
+        made[name] = filled_adapter(base.sites, config, seed)
+        save_adapter(folder / name, made[name], base_fingerprint=base.fingerprint)
+    return base, made
+
+
+@contextlib.contextmanager
+def real_server(folder, base, keys, **service):
+    """A server of the tiny base and the tenants in a folder, all of it real."""
+    bank = TenantBank(base, BankOptions(slots=4, cached=4))
+    assert bank.register_folder(folder) == {}
+    engine = Engine(base, bank, EngineOptions(rows=4, length=128, pieces=(16, 64)))
+    try:
+        with serving(engine, keys, roots=[folder], base_id="tiny-random", **service) as live:
             yield live
     finally:
         bank.close()
