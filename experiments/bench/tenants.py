@@ -19,7 +19,8 @@ from mos_jax.adapters.methods import create_adapter
 from mos_jax.adapters.mos import MoS, MoSConfig
 from mos_jax.adapters.sites import Sites
 from mos_jax.models.config import DecoderConfig
-from mos_jax.models.decoder import Cache, Decoder, FactorsSource
+from mos_jax.models.decoder import Decoder, FactorsSource
+from mos_jax.models.kv_cache import Cache
 from mos_jax.models.layout import weight_dtype
 from mos_jax.serving.assembled import AssembledCache
 from mos_jax.serving.slabs import FactorSlab, PoolSlab, Slab
@@ -52,7 +53,7 @@ class Measured:
 
 @jax.jit
 def _step(model: Decoder, tokens: jax.Array, cache: Cache, factors: FactorsSource) -> jax.Array:
-    positions = jnp.full(tokens.shape, POSITIONS - 1, jnp.int32)
+    positions = jnp.full(tokens.shape[0], POSITIONS - 1, jnp.int32)
     hidden, _ = model.extend(tokens, positions, cache, factors)
     return model.logits(hidden)
 

@@ -107,11 +107,11 @@ class FactorSlots:
 
     def rows(self, slots: np.ndarray) -> BankFactors:
         """The factors for rows of these slots, int32 [B]; or [], one slot for all rows."""
-        return BankFactors(self.factors, jnp.asarray(slots.astype(np.int32)))
+        return BankFactors(self.factors, jax.device_put(slots.astype(np.int32)))
 
     def write(self, slot: int, entry: dict[str, LowRank]) -> None:
         """Overwrites a slot where it lies with what `padded` gave."""
-        self.factors = write_slot(self.factors, np.int32(slot), entry)
+        self.factors = write_slot(self.factors, jax.device_put(np.int32(slot)), entry)
 
     def padded(self, name: str, factors: Mapping[str, LowRank]) -> dict[str, LowRank]:
         """One slot's arrays on the host: a [L, r, h], b [L, r, o], scale [L] at every site.
@@ -151,7 +151,7 @@ class FactorSlots:
 
 @functools.partial(jax.jit, donate_argnums=0)
 def write_slot(
-    bank: dict[str, LowRank], slot: np.int32 | jax.Array, entry: dict[str, LowRank]
+    bank: dict[str, LowRank], slot: jax.Array, entry: dict[str, LowRank]
 ) -> dict[str, LowRank]:
     """The bank with `entry` in `slot`, in the bank's own memory."""
     return jax.tree.map(lambda whole, new: whole.at[:, slot].set(new), bank, entry)

@@ -8,6 +8,8 @@ Axis legend: B rows, V vocabulary.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -18,25 +20,37 @@ import numpy as np
 _LOWEST, _HIGHEST = np.iinfo(np.int32).min, np.iinfo(np.int32).max
 
 
-def choose(
-    logits: jax.Array,
-    keys: jax.Array,
-    temperature: jax.Array,
-    top_p: jax.Array,
-    top_k: jax.Array,
-) -> jax.Array:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Controls:
+    """How each row's tokens are chosen.
+
+    Attributes:
+      temperature: fp32 [B]; 0 is greedy, otherwise logits are divided by it.
+      top_p: fp32 [B]; see `keep_likeliest`.
+      top_k: int32 [B]; see `keep_likeliest`.
+      seed: uint32 [B, 2], of the noise: two words of which either makes another stream.
+    """
+
+    temperature: jax.Array
+    top_p: jax.Array
+    top_k: jax.Array
+    seed: jax.Array
+
+
+def choose(logits: jax.Array, positions: jax.Array, controls: Controls) -> jax.Array:
     """Picks the next token of every row.
 
     Args:
       logits: fp32 [B, V].
-      keys: [B], the random key of each row; unused where it is greedy.
-      temperature: fp32 [B]; 0 is greedy, otherwise logits are divided by it.
-      top_p: fp32 [B]; see `keep_likeliest`.
-      top_k: int32 [B]; see `keep_likeliest`.
+      positions: int32 [B], of the tokens that are picked. The noise is a function of a row's seed
+        and of this.
+      controls: of the rows.
 
     Returns:
       int32 [B].
     """
+    temperature, top_p, top_k = controls.temperature, controls.top_p, controls.top_k
     sampled = temperature > 0
     narrow = sampled & ((top_p < 1) | (top_k > 0))
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -51,7 +65,8 @@ def choose(
             lambda: shifted,
         )
         # The largest sum with Gumbel noise is a draw from the softmax (arXiv 1611.01144).
-        noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], jnp.float32))(keys)
+        draw = functools.partial(_noise, size=logits.shape[1])
+        noise = jax.vmap(draw)(controls.seed, positions)
         drawn = jnp.argmax(kept + noise, axis=-1).astype(jnp.int32)
         return jnp.where(sampled, drawn, greedy)
 
@@ -107,6 +122,13 @@ def log_probabilities(
     own = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0] - total
     largest, ids = jax.lax.top_k(logits, count)
     return own, ids.astype(jnp.int32), largest - total[:, None]
+
+
+def _noise(seed: jax.Array, position: jax.Array, size: int) -> jax.Array:
+    """Gumbel noise fp32 [size] of one token: seed uint32 [2], position int32 []."""
+    # The two words are a key of threefry as they are.
+    key = jax.random.fold_in(jax.random.wrap_key_data(seed, impl="threefry2x32"), position)
+    return jax.random.gumbel(key, (size,), jnp.float32)
 
 
 def _ordered(x: jax.Array) -> jax.Array:

@@ -9,7 +9,7 @@ value heads, G = H / K, c head width, T slots of a key-value cache, V vocabulary
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -28,6 +28,7 @@ from mos_jax.models.blocks import add_attention, add_mlp, queries_keys_values, r
 from mos_jax.models.config import DecoderConfig
 from mos_jax.models.factors import check_block, check_blocks
 from mos_jax.models.head import LOGITS_MIB, head_logits, score_targets
+from mos_jax.models.kv_cache import Cache, attend_cached
 from mos_jax.models.projection import Dropout, Factors, Projector, layer_dropout
 from mos_jax.models.quantized import Weight, dequantize, scheme_of
 from mos_jax.models.remat import REMAT_POLICIES, remat_policy
@@ -41,7 +42,7 @@ from mos_jax.models.sharding import (
     gather_factors,
     per_shard,
 )
-from mos_jax.models.windows import layer_flags, layer_views
+from mos_jax.models.windows import layer_flags, layer_reach, layer_ropes, layer_views
 
 FactorsSource = Factors | Callable[[jax.Array], Factors] | None
 
@@ -54,15 +55,6 @@ def check_computation(remat: str, attention: str, logits_mib: float) -> None:
         raise InputError(f"unknown attention {attention!r}; {suggest(attention, IMPLEMENTATIONS)}")
     if not (math.isfinite(logits_mib) and logits_mib >= 0):
         raise InputError(f"logits_mib must be 0 or more, got {logits_mib!r}")
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Cache:
-    """Keys and values of the tokens seen so far: both [L, B, T, K, c]; slot = position."""
-
-    k: jax.Array
-    v: jax.Array
 
 
 class Decoder(nnx.Module):
@@ -273,51 +265,56 @@ class Decoder(nnx.Module):
     def empty_cache(self, batch: int, slots: int) -> Cache:
         """A key-value cache of `slots` positions for `batch` rows, in the base's dtype."""
         c = self.config
-        shape = (c.num_layers, batch, slots, c.num_kv_heads, c.head_dim)
+        shape = (c.num_layers, batch, c.num_kv_heads, slots, c.head_dim)
         return Cache(jnp.zeros(shape, self.embed.dtype), jnp.zeros(shape, self.embed.dtype))
 
     @strict
     def extend(
-        self, tokens: jax.Array, positions: jax.Array, cache: Cache, factors: FactorsSource = None
+        self,
+        tokens: jax.Array,
+        start: jax.Array,
+        cache: Cache,
+        factors: FactorsSource = None,
+        *,
+        row: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache]:
         """Runs new tokens against the cache and enters them into it.
 
         Args:
           tokens: int32 [B, S]; S = 1 when decoding.
-          positions: int32 [B, S], the slot of each token. Slots up to a token's own are visible
-            to it, so filler goes to slots that later tokens will overwrite.
+          start: int32 [B], the slot of each row's first token; the others follow it. A token sees
+            its own slot and those before it, so filler behind a text goes to slots that later
+            tokens will overwrite. From T on, a row takes no part: it enters nothing, and what is
+            returned of it means nothing.
           cache: what came before.
           factors: as for a call.
+          row: int32 []; with it B = 1, and the tokens are of this row of the cache.
 
         Returns:
           Normed hidden states [B, S, d] and the new cache.
         """
         batch, length = tokens.shape
-        slots = cache.k.shape[2]
-        mask = jnp.arange(slots, dtype=jnp.int32)[None, None, :] <= positions[:, :, None]
-        view = layer_views(self.config, positions, mask)
-        rows = jnp.broadcast_to(jnp.arange(batch, dtype=jnp.int32)[:, None], positions.shape)
+        seen = jnp.where(start < cache.slots, start, jnp.int32(0))
+        positions = seen[:, None] + jnp.arange(length, dtype=jnp.int32)[None, :]
+        ropes = layer_ropes(self.config, positions)
+        first = jnp.int32(0) if row is None else row
 
-        def body(carry: tuple[jax.Array, Cache], scanned: Any) -> tuple[Any, None]:
-            x, cache = carry
+        def body(x: jax.Array, scanned: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
             layer, windowed, weights, low_rank = scanned
-            mask, rope = view(windowed)
             low_rank = low_rank if assemble is None else assemble(layer)
             project = self._projector(weights, low_rank, None)
-            q, k, v = queries_keys_values(self.config, project, x, rope)
-            cache = Cache(
-                cache.k.at[layer, rows, positions].set(k),
-                cache.v.at[layer, rows, positions].set(v),
-            )
-            attended = self._attend(q, cache.k[layer], cache.v[layer], mask)
+            q, k, v = queries_keys_values(self.config, project, x, ropes(windowed))
+            reach = layer_reach(self.config, windowed)
+            attended = self._attend_cached(q, k, v, cache, layer, first, seen, reach)
             x = add_attention(self.config, project, x, attended)
-            return (add_mlp(self.config, project, x), cache), None
+            return add_mlp(self.config, project, x), (k, v)
 
         x = self.embed_tokens(tokens).reshape(batch * length, self.config.d_model)
         assemble, low_rank = self._split_source(factors, batch)
-        (x, cache), _ = jax.lax.scan(body, (x, cache), (*self._layers(), low_rank))
+        # The cache is read in the scan and written once behind it, for all layers.
+        x, (k, v) = jax.lax.scan(body, x, (*self._layers(), low_rank))
         x = rms_norm(x, self.final_norm[...], self.config.rms_eps)
-        return x.reshape(batch, length, self.config.d_model), cache
+        return x.reshape(batch, length, self.config.d_model), cache.enter(k, v, start, row)
 
     def _projector(
         self,
@@ -330,12 +327,30 @@ class Decoder(nnx.Module):
         return Projector(weights, low_rank, dropout, self.mesh)
 
     def _attend(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, how: Attend | None = None
+        self, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, how: Attend
     ) -> jax.Array:
-        """Attention, `attend` by default; on a mesh every device has its rows and its heads."""
-        how = implementation("grouped", self.config.query_scale) if how is None else how
+        """Attention; on a mesh every device has its rows and its heads."""
         heads = (ROWS, None, TENSOR, None)
         return per_shard(how, self.mesh, heads, heads, heads, (ROWS, None, None))(q, k, v, mask)
+
+    def _attend_cached(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        cache: Cache,
+        layer: jax.Array,
+        row: jax.Array,
+        start: jax.Array,
+        reach: jax.Array,
+    ) -> jax.Array:
+        """`attend_cached`, divided as `_attend` is."""
+        heads, held = (ROWS, None, TENSOR, None), (None, ROWS, TENSOR, None, None)
+
+        own = functools.partial(attend_cached, scale=self.config.query_scale)
+        wanted = (heads, heads, heads, held, held, (), (), (ROWS,), ())
+        divided = per_shard(own, self.mesh, *wanted)
+        return divided(q, k, v, cache.k, cache.v, layer, row, start, reach)
 
     def _layers(self) -> tuple[jax.Array, jax.Array | None, dict[str, Weight]]:
         """Index, window flag and weights of the layers, to scan over."""

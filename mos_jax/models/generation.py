@@ -14,7 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from mos_jax.errors import InputError
-from mos_jax.models.decoder import Cache, Decoder, FactorsSource
+from mos_jax.models.choosing import Controls, choose
+from mos_jax.models.decoder import Decoder, FactorsSource
+from mos_jax.models.kv_cache import Cache
 
 # Prompts are padded to a multiple of this many tokens and slots likewise, so that few shapes, and
 # few compilations, serve all lengths.
@@ -30,7 +32,8 @@ class Sampling:
       temperature: 0 is greedy; otherwise logits are divided by it.
       top_p: sample from the smallest set of tokens whose probability reaches it (nucleus
         sampling, arXiv 1904.09751); 1 is all.
-      seed: of the sampling noise; unused when greedy.
+      seed: of the sampling noise; unused when greedy. A row's noise is a function of it, of the
+        row's index and of the token's position.
     """
 
     max_new_tokens: int = 64
@@ -95,12 +98,10 @@ def generate(
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
     lengths = jnp.asarray([len(prompt) for prompt in prompts], jnp.int32)
-    key = jax.random.key(sampling.seed)
-    controls = (jnp.float32(sampling.temperature), jnp.float32(sampling.top_p))
-    greedy = sampling.temperature == 0
+    controls = _controls(sampling, len(prompts))
 
     hidden, cache = _prefill(model, jnp.asarray(tokens), lengths, factors, slots)
-    current = _choose(model, hidden, jax.random.fold_in(key, 0), controls, greedy)
+    current = _choose(model, hidden, lengths, controls)
     stopping = set(stop)
     rows: list[list[int]] = [[] for _ in prompts]
     done = np.zeros(len(prompts), bool)
@@ -118,9 +119,7 @@ def generate(
             lengths + step,
             cache,
             factors,
-            jax.random.fold_in(key, step + 1),
             controls,
-            greedy,
         )
     return rows
 
@@ -142,6 +141,17 @@ def _check_prompts(model: Decoder, prompts: Sequence[Sequence[int]], sampling: S
     return longest
 
 
+def _controls(sampling: Sampling, rows: int) -> Controls:
+    # Rows that begin alike shall not go on alike, so the row is a part of the seed.
+    seed = np.stack([np.full(rows, sampling.seed & 0xFFFFFFFF), np.arange(rows)], axis=1)
+    return Controls(
+        jnp.full(rows, sampling.temperature, jnp.float32),
+        jnp.full(rows, sampling.top_p, jnp.float32),
+        jnp.zeros(rows, jnp.int32),
+        jnp.asarray(seed.astype(np.uint32)),
+    )
+
+
 def _round_up(length: int) -> int:
     return -(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
 
@@ -152,50 +162,29 @@ def _prefill(
 ) -> tuple[jax.Array, Cache]:
     # Filler behind a short prompt enters slots that the row's own next tokens overwrite before
     # any later position can see them.
-    batch, length = tokens.shape
-    positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), tokens.shape)
-    hidden, cache = model.extend(tokens, positions, model.empty_cache(batch, slots), factors)
+    batch = tokens.shape[0]
+    start = jnp.zeros(batch, jnp.int32)
+    hidden, cache = model.extend(tokens, start, model.empty_cache(batch, slots), factors)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     return last, cache
 
 
-@functools.partial(jax.jit, static_argnames="greedy")
+@jax.jit
 def _choose(
-    model: Decoder,
-    hidden: jax.Array,
-    key: jax.Array,
-    controls: tuple[jax.Array, jax.Array],
-    greedy: bool,
+    model: Decoder, hidden: jax.Array, positions: jax.Array, controls: Controls
 ) -> jax.Array:
-    """Picks the next token of every row: hidden [B, d] -> int32 [B]."""
-    logits = model.logits(hidden)
-    if greedy:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    temperature, top_p = controls
-    logits = keep_nucleus(logits / temperature, top_p)
-    return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
+    """Picks the token at `positions`, int32 [B], of every row: hidden [B, d] -> int32 [B]."""
+    return choose(model.logits(hidden), positions, controls)
 
 
-def keep_nucleus(logits: jax.Array, top_p: jax.Array) -> jax.Array:
-    """Sets to -inf all logits [B, V] outside the smallest set whose probability reaches top_p."""
-    ordered = jnp.sort(logits, axis=-1, descending=True)
-    probabilities = jax.nn.softmax(ordered, axis=-1)
-    # A token is in the set when the mass before it has not reached top_p; the first always is.
-    inside = jnp.cumsum(probabilities, axis=-1) - probabilities < top_p
-    smallest = jnp.min(jnp.where(inside, ordered, jnp.inf), axis=-1, keepdims=True)
-    return jnp.where(logits >= smallest, logits, -jnp.inf)
-
-
-@functools.partial(jax.jit, static_argnames="greedy", donate_argnames="cache")
+@functools.partial(jax.jit, donate_argnames="cache")
 def _decode(
     model: Decoder,
     current: jax.Array,
     positions: jax.Array,
     cache: Cache,
     factors: FactorsSource,
-    key: jax.Array,
-    controls: tuple[jax.Array, jax.Array],
-    greedy: bool,
+    controls: Controls,
 ) -> tuple[jax.Array, Cache]:
-    hidden, cache = model.extend(current[:, None], positions[:, None], cache, factors)
-    return _choose(model, hidden[:, 0], key, controls, greedy), cache
+    hidden, cache = model.extend(current[:, None], positions, cache, factors)
+    return choose(model.logits(hidden[:, 0]), positions + 1, controls), cache

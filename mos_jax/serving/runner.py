@@ -23,10 +23,12 @@ import numpy as np
 from mos_jax.adapters.bank import BASE_NAME
 from mos_jax.errors import InputError
 from mos_jax.models.base import Base
-from mos_jax.models.choosing import choose, log_probabilities
-from mos_jax.models.decoder import Cache, Decoder, FactorsSource
+from mos_jax.models.choosing import Controls, choose, log_probabilities
+from mos_jax.models.decoder import Decoder, FactorsSource
+from mos_jax.models.kv_cache import Cache
 from mos_jax.serving.compilations import Compilations
 from mos_jax.serving.engine_options import EngineOptions
+from mos_jax.serving.prefixes import Node, Prefixes
 from mos_jax.serving.requests import MOST_TOP_LOGPROBS, TokenInfo, TokenSampling
 from mos_jax.serving.tenants import TenantBank
 
@@ -76,7 +78,8 @@ class Runner:
 
         Raises:
           InputError: for rows longer than the positions that the base knows, a base on a mesh, or
-            a bank whose cache holds fewer tenants than there are rows.
+            a bank whose cache holds fewer tenants than there are rows, or `prefix_bytes` that
+            hold no piece.
         """
         config = base.model.config
         if options.length > config.max_positions:
@@ -93,17 +96,22 @@ class Runner:
             )
         self.rows, self.length = options.rows, options.length
         self._model, self._bank, self._pieces = base.model, bank, options.pieces
+        self._largest = max(options.pieces)
         # Pieces of the largest size follow one another from 0 on, so the last one ends in here.
-        slots = -(-options.length // max(options.pieces)) * max(options.pieces)
+        slots = -(-options.length // self._largest) * self._largest
         self._cache = base.model.empty_cache(options.rows, slots)
         self._current = jnp.zeros(options.rows, jnp.int32)
+        self._prefixes: Prefixes | None = None
+        if options.prefix_bytes:
+            self._prefixes = Prefixes(base.model, self._largest, options.prefix_bytes)
         self._row: list[_Row | None] = [None] * options.rows
         self._compilations = Compilations()
 
     @property
     def nbytes(self) -> int:
         """Bytes that it holds on the device, base and bank aside; they never change."""
-        return sum(leaf.nbytes for leaf in jax.tree.leaves((self._cache, self._current)))
+        own = sum(leaf.nbytes for leaf in jax.tree.leaves((self._cache, self._current)))
+        return own + (self._prefixes.nbytes if self._prefixes is not None else 0)
 
     @property
     def compilations(self) -> int:
@@ -122,6 +130,8 @@ class Runner:
         self._bank.warm_up()
         for size in self._pieces:
             self._piece(0, 0, np.zeros(size, np.int32), BASE_NAME)
+        if self._prefixes is not None:
+            self._cache = self._prefixes.warm_up(self._cache)
         self.decode().fetch()
 
     def start(self, row: int, prompt: Sequence[int], tenant: str, sampling: TokenSampling) -> int:
@@ -147,8 +157,12 @@ class Runner:
             raise InputError(f"a prompt must have 1 to {self.length} tokens, got {len(tokens)}")
         if tokens.min() < 0 or tokens.max() >= vocabulary:
             raise InputError(f"the prompt holds a token id outside 0..{vocabulary - 1}")
-        self._row[row] = _Row(tokens, tenant, sampling)
-        return 0
+        own = self._row[row] = _Row(tokens, tenant, sampling)
+        if self._prefixes is not None:
+            chain = self._prefixes.find(tenant, tokens[:-1])
+            self._cache = self._prefixes.restore(self._cache, row, chain)
+            own.filled, own.piece = self._prefixes.size * (len(chain) - 1), chain[-1]
+        return own.filled
 
     def prefill(self, row: int) -> bool:
         """Computes the next piece of a row's prompt.
@@ -165,6 +179,10 @@ class Runner:
             new = own.prompt[own.filled : min(own.filled + size, len(own.prompt) - 1)]
             piece[: len(new)] = new
             self._piece(row, own.filled, piece, own.tenant)
+            if self._prefixes is not None and own.piece is not None and len(new) == self._largest:
+                own.piece = self._prefixes.keep(
+                    own.tenant, own.piece, new, self._cache, row, own.filled
+                )
             own.filled += len(new)
         own.decoding = own.filled == len(own.prompt) - 1
         return own.decoding
@@ -175,20 +193,19 @@ class Runner:
         A row that is full takes no part.
         """
         taking, names = [], [BASE_NAME] * self.rows
-        controls = np.zeros((len(_CONTROLS), self.rows), np.int32)
-        controls[_POSITION], controls[_GIVEN] = -1, -1
+        told = np.zeros((len(_TOLD), self.rows), np.int32)
+        told[_POSITION], told[_GIVEN] = -1, -1
         for index, own in enumerate(self._row):
             if own is None:
                 continue
             names[index] = own.tenant
             if own.decoding and own.filled < self.length:
-                controls[:, index] = own.controls()
+                told[:, index] = own.told()
                 own.filled += 1
                 taking.append((index, own.sampling.logprobs))
         factors = self._bank.for_rows(names)
-        placed = jax.device_put(controls)
         self._current, likely, self._cache = _decode(
-            self._model, self._cache, self._current, placed, factors
+            self._model, self._cache, self._current, jax.device_put(told), factors
         )
         return Step(taking, self._current, likely)
 
@@ -198,6 +215,8 @@ class Runner:
 
     def forget(self, tenant: str) -> None:
         """Drops what is kept of a tenant's prompts; it was unloaded or changed."""
+        if self._prefixes is not None:
+            self._prefixes.forget(tenant)
 
     def summary(self) -> dict[str, Any]:
         """Sizes and counts as JSON values."""
@@ -207,6 +226,7 @@ class Runner:
             "taken": sum(row is not None for row in self._row),
             "bytes": self.nbytes,
             "compilations": self.compilations,
+            "prefixes": self._prefixes.summary() if self._prefixes is not None else None,
         }
 
     def _of(self, row: int) -> _Row:
@@ -229,6 +249,7 @@ class _Row:
       prompt: int32.
       filled: tokens whose keys and values are in the cache, those of steps dispatched included.
       decoding: whether it is past prefill.
+      piece: the last that is kept of the whole pieces so far; None where one of them is not.
     """
 
     prompt: np.ndarray
@@ -236,9 +257,10 @@ class _Row:
     sampling: TokenSampling
     filled: int = 0
     decoding: bool = False
+    piece: Node | None = None
 
-    def controls(self) -> np.ndarray:
-        """What the next step is told about it: int32, in the order of `_CONTROLS`."""
+    def told(self) -> np.ndarray:
+        """What the next step is told about it: int32, in the order of `_TOLD`."""
         sampling = self.sampling
         first = self.filled == len(self.prompt) - 1
         return np.asarray(
@@ -256,8 +278,8 @@ class _Row:
 
 
 # One array tells the step all about its rows, for each transfer costs as much as it does.
-_CONTROLS = ("position", "given", "seed", "temperature", "top_p", "top_k", "logprobs")
-_POSITION, _GIVEN = _CONTROLS.index("position"), _CONTROLS.index("given")
+_TOLD = ("position", "given", "seed", "temperature", "top_p", "top_k", "logprobs")
+_POSITION, _GIVEN = _TOLD.index("position"), _TOLD.index("given")
 # Log-probabilities fp32 [B] of the tokens, ids int32 [B, n] of the likeliest, and theirs.
 Likely = tuple[jax.Array, jax.Array, jax.Array]
 
@@ -271,13 +293,7 @@ def _prefill(
     model: Decoder, cache: Cache, tokens: jax.Array, at: jax.Array, factors: FactorsSource
 ) -> Cache:
     """Enters a piece, int32 [1, S], into the cache; `at` is its row and its first slot."""
-    row, start = at[0], at[1]
-    own = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1, axis=1), cache)
-    positions = (start + jnp.arange(tokens.shape[1], dtype=jnp.int32))[None, :]
-    _, own = model.extend(tokens, positions, own, factors)
-    return jax.tree.map(
-        lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, row, axis=1), cache, own
-    )
+    return model.extend(tokens, at[1:], cache, factors, row=at[0])[1]
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
@@ -285,27 +301,24 @@ def _decode(
     model: Decoder,
     cache: Cache,
     current: jax.Array,
-    controls: jax.Array,
+    told: jax.Array,
     factors: FactorsSource,
 ) -> tuple[jax.Array, Likely, Cache]:
     """One token for every row: its id int32 [B], log-probabilities where asked, and the cache."""
-    position, given, seed, temperature, top_p, top_k, asked = controls
+    position, given, seed, temperature, top_p, top_k, asked = told
     active = position >= 0
     tokens = jnp.where(given >= 0, given, current)
-    # Other rows write into the last slot, which is only ever seen in the step that writes it.
-    last = jnp.int32(cache.k.shape[2] - 1)
-    slots = jnp.where(active, position, last)
-    hidden, cache = model.extend(tokens[:, None], slots[:, None], cache, factors)
+    start = jnp.where(active, position, jnp.int32(cache.slots))  # others enter nothing
+    hidden, cache = model.extend(tokens[:, None], start, cache, factors)
     logits = model.logits(hidden[:, 0])
-
-    def key(seed: jax.Array, position: jax.Array) -> jax.Array:
-        seed = jax.lax.bitcast_convert_type(seed, jnp.uint32)
-        return jax.random.fold_in(jax.random.key(seed), position)
-
-    temperature, top_p = (
-        jax.lax.bitcast_convert_type(bits, jnp.float32) for bits in (temperature, top_p)
+    seed = jax.lax.bitcast_convert_type(seed, jnp.uint32)
+    controls = Controls(
+        jax.lax.bitcast_convert_type(temperature, jnp.float32),
+        jax.lax.bitcast_convert_type(top_p, jnp.float32),
+        top_k,
+        jnp.stack([seed, jnp.zeros_like(seed)], axis=1),
     )
-    chosen = choose(logits, jax.vmap(key)(seed, position), temperature, top_p, top_k)
+    chosen = choose(logits, position + 1, controls)
     count, rows = min(MOST_TOP_LOGPROBS, logits.shape[1]), logits.shape[0]
     likely = jax.lax.cond(
         jnp.any(asked > 0),

@@ -228,12 +228,12 @@ class PoolSlab:
 
     def write(self, slot: int, entry: dict[tuple[str, ...], Any]) -> None:
         """Overwrites one slot where it lies; factors handed out before are gone with it."""
-        params = _write(self._rows.params, np.int32(slot), entry)
+        params = _write(self._rows.params, jax.device_put(np.int32(slot)), entry)
         self._rows = dataclasses.replace(self._rows, params=params)
 
     def rows(self, slots: np.ndarray) -> PoolRows:
         """The factors of rows that use these slots, int32 [B]."""
-        return dataclasses.replace(self._rows, slots=jnp.asarray(slots.astype(np.int32)))
+        return dataclasses.replace(self._rows, slots=jax.device_put(slots.astype(np.int32)))
 
     @property
     def source(self) -> PoolRows:
@@ -244,7 +244,7 @@ class PoolSlab:
 @functools.partial(jax.jit, donate_argnums=0)
 def _write(
     whole: dict[tuple[str, ...], jax.Array],
-    slot: np.int32 | jax.Array,
+    slot: jax.Array,
     entry: dict[tuple[str, ...], Any],
 ) -> dict[tuple[str, ...], jax.Array]:
     return {path: array.at[slot].set(entry[path]) for path, array in whole.items()}
@@ -293,8 +293,8 @@ class FactorSlab:
         self._store.factors = _take(
             self._store.factors,
             slab.source,
-            np.int32(slot),
-            np.int32(at),
+            jax.device_put(np.int32(slot)),
+            jax.device_put(np.int32(at)),
             tuple(self.sites.items()),
             tuple(self.rank.items()),
             self.dtype,
@@ -310,15 +310,15 @@ class FactorSlab:
 def _take(
     store: Factors,
     source: PoolRows | Factors,
-    slot: np.int32 | jax.Array,
-    at: np.int32 | jax.Array,
+    slot: jax.Array,
+    at: jax.Array,
     sites: tuple[tuple[str, SiteShape], ...],
     ranks: tuple[tuple[str, int], ...],
     dtype: str,
 ) -> Factors:
     """The store, in its own memory, with the tenant in `slot` of `source` in slot `at`."""
     if isinstance(source, PoolRows):
-        factors = source.whole(jnp.asarray(slot))
+        factors = source.whole(slot)
     else:
         factors = {
             name: LowRank(f.a[:, slot], f.b[:, slot], f.scale[:, slot], f.layers)

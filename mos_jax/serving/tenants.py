@@ -41,6 +41,9 @@ from mos_jax.serving.options import BankOptions
 from mos_jax.serving.slabs import PoolSlab, Rows, Slab, SummedRows
 from mos_jax.serving.uses import Use
 
+# Batches whose factors are remembered; a decoder asks for one again and again.
+_REMEMBERED = 64
+
 
 class TenantBank:
     """Tenants of one base in slots on the device.
@@ -74,6 +77,8 @@ class TenantBank:
         self._lanes: dict[str, Lane] | None = None
         self._cache: AssembledCache | None = None
         self._loading: dict[str, list[Use]] = {}
+        # What `for_rows` gave and would give again, until something changes.
+        self._given: dict[tuple[str, ...], Rows | None] = {}
         self._lock = threading.RLock()
         self.host = HostTier(self.options.host_bytes)
         self._loader = Loader(self._read, self.host)
@@ -188,6 +193,7 @@ class TenantBank:
         self.open()
         with self._lock:
             assert self._lanes is not None
+            self._given.clear()
             for lane in self._lanes.values():
                 # Zeros over zeros; as the loader does, from the device.
                 lane.slab.write(0, jax.device_put(lane.slab.blank()))
@@ -249,6 +255,7 @@ class TenantBank:
                         use.error = error
                         use.release()
                 elif lane.slots.pins(name):
+                    self._given.clear()
                     lane.slab.write(lane.slots.give(name), entry)
                     if self._cache is not None:
                         self._cache.forget(name)
@@ -299,23 +306,13 @@ class TenantBank:
             raise InputError(f"for_rows needs a list of names, one for each row, got {names!r}")
         self.open()
         with self._lock:
-            assert self._lanes is not None
-            at = {lane: np.zeros(len(names), np.int32) for lane in self._lanes}
-            places: dict[str, tuple[Slab, int]] = {}
-            for row, name in enumerate(names):
-                if name == BASE_NAME:
-                    continue
-                tenant = self._tenant(name)
-                lane = self._lane(tenant)
-                place = lane.slots.place_of(name)
-                if place is None or not lane.slots.pins(name):
-                    raise InputError(f"{name!r} is not ready; request it and wait for it")
-                at[tenant.slab][row] = place
-                places[name] = lane.slab, place
-            if self._cache is not None:
-                return self._cache.for_rows(names, places)
-            sources = tuple(lane.slab.rows(at[key]) for key, lane in self._lanes.items())
-        return SummedRows(sources) if len(sources) > 1 else next(iter(sources), None)
+            given = tuple(names)
+            if given not in self._given:
+                if len(self._given) == _REMEMBERED:
+                    self._given.clear()
+                rows = self._make_rows(names)
+                self._given[given] = rows
+            return self._given[given]
 
     def slab_of(self, name: str) -> str:
         """Which slab a tenant lies in, whose slots it shares. Raises InputError if unknown."""
@@ -363,6 +360,29 @@ class TenantBank:
             return slab.entry(arrays)
         return slab.entry(name, read_factors(tenant.folder, self.sites, self._fingerprint))
 
+    def _make_rows(self, names: Sequence[str]) -> Rows | None:
+        assert self._lanes is not None
+        at = {lane: np.zeros(len(names), np.int32) for lane in self._lanes}
+        places: dict[str, tuple[Slab, int]] = {}
+        for row, name in enumerate(names):
+            if name == BASE_NAME:
+                continue
+            tenant = self._tenant(name)
+            lane = self._lane(tenant)
+            place = lane.slots.place_of(name)
+            if place is None or not lane.slots.pins(name):
+                raise InputError(f"{name!r} is not ready; request it and wait for it")
+            at[tenant.slab][row] = place
+            places[name] = lane.slab, place
+        if self._cache is not None:
+            before = self._cache.assembled
+            rows = self._cache.for_rows(names, places)
+            if self._cache.assembled > before:
+                self._given.clear()
+            return rows
+        sources = tuple(lane.slab.rows(at[key]) for key, lane in self._lanes.items())
+        return SummedRows(sources) if len(sources) > 1 else next(iter(sources), None)
+
     def _tenant(self, name: str) -> Tenant:
         if name not in self._tenants:
             raise InputError(f"no tenant {name!r}")
@@ -374,4 +394,7 @@ class TenantBank:
 
     def _release(self, use: Use) -> None:
         with self._lock:
-            self._lane(self._tenant(use.name)).slots.unpin(use.name)
+            slots = self._lane(self._tenant(use.name)).slots
+            slots.unpin(use.name)
+            if not slots.pins(use.name):
+                self._given.clear()

@@ -225,11 +225,10 @@ def test_cached_decoding_equals_the_full_forward(decoder, adapter):
     full = logits_of(decoder, tokens, factors)
     cache = decoder.empty_cache(2, 16)
     extend = jax.jit(lambda t, p, c: decoder.extend(t, p, c, factors))
-    start = jnp.broadcast_to(jnp.arange(4, dtype=jnp.int32), (2, 4))
-    hidden, cache = extend(tokens[:, :4], start, cache)
+    hidden, cache = extend(tokens[:, :4], jnp.zeros(2, jnp.int32), cache)
     np.testing.assert_allclose(decoder.logits(hidden), full[:, :4], atol=2e-5)
     for position in range(4, 9):
-        here = jnp.full((2, 1), position, jnp.int32)
+        here = jnp.full(2, position, jnp.int32)
         hidden, cache = extend(tokens[:, position : position + 1], here, cache)
         np.testing.assert_allclose(decoder.logits(hidden)[:, 0], full[:, position], atol=2e-5)
 

@@ -1,10 +1,9 @@
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from mos_jax import InputError
-from mos_jax.models.generation import Sampling, _decode, generate, keep_nucleus
+from mos_jax.models.generation import Sampling, _decode, generate
 from tests.models.fixtures_decoder import filled_adapter, tiny_decoder
 
 NEVER = [-1]
@@ -70,14 +69,10 @@ def test_a_cold_or_narrow_sample_is_greedy(decoder, factors):
     assert generate(decoder, [[5, 6, 7]], NEVER, narrow, factors) == greedy
 
 
-@pytest.mark.parametrize(
-    ("top_p", "kept"),
-    [(0.4, {0}), (0.5, {0}), (0.51, {0, 2}), (0.85, {0, 2, 1}), (1.0, {0, 1, 2, 3})],
-)
-def test_the_nucleus_is_the_smallest_set_that_reaches_the_mass(top_p, kept):
-    logits = jnp.log(jnp.array([[0.5, 0.15, 0.3, 0.05]]))
-    got = keep_nucleus(logits, jnp.float32(top_p))
-    assert {int(i) for i in np.flatnonzero(np.isfinite(got[0]))} == kept
+def test_rows_that_begin_alike_are_sampled_apart(decoder, factors):
+    sampling = Sampling.create(12, temperature=5.0)
+    rows = generate(decoder, [[5, 6, 7]] * 3, NEVER, sampling, factors)
+    assert len(set(map(tuple, rows))) == 3
 
 
 def test_one_compiled_decode_step_serves_all_steps(decoder, factors):

@@ -95,11 +95,11 @@ def test_the_cache_gives_what_the_full_forward_gives(decoder, adapters):
     tokens, source = tokens_of(decoder, rows=3, length=6), Rows.of(adapters)
     full = logits_of(decoder, tokens, source)
     extend = quick_jit(lambda t, p, c, f: decoder.extend(t, p, c, f))
-    start = jnp.broadcast_to(jnp.arange(4, dtype=jnp.int32), (3, 4))
+    start = jnp.zeros(3, jnp.int32)
     hidden, cache = extend(tokens[:, :4], start, decoder.empty_cache(3, 8), source)
     np.testing.assert_allclose(decoder.logits(hidden), full[:, :4], atol=2e-5)
     for position in (4, 5):
-        here = jnp.full((3, 1), position, jnp.int32)
+        here = jnp.full(3, position, jnp.int32)
         hidden, cache = extend(tokens[:, position : position + 1], here, cache, source)
         np.testing.assert_allclose(decoder.logits(hidden)[:, 0], full[:, position], atol=2e-5)
 
