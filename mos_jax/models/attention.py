@@ -104,9 +104,11 @@ def implementation(name: str, scale: float | None) -> Attend:
         # The whole rule goes in as a mask: cuDNN's own windows and causality count places in a
         # row, not positions in a text.
         chosen: Any = name
-        return jax.nn.dot_product_attention(
-            q, k, v, mask=mask[:, None], scale=scale, implementation=chosen
-        )
+        # JAX's own code promotes, on purpose.
+        with jax.numpy_dtype_promotion("standard"):
+            return jax.nn.dot_product_attention(
+                q, k, v, mask=mask[:, None], scale=scale, implementation=chosen
+            )
 
     return library
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -180,7 +181,15 @@ class Reporter:
 
 
 def _open_tensorboard(workdir: Path, first_step: int) -> Any:
-    from tensorboardX import SummaryWriter
+    # tensorboardX imports torch where there is one: seconds at every start, and of no use here.
+    hidden = "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if hidden:
+            del sys.modules["torch"]
 
     # purge_step hides what an interrupted run wrote beyond its last checkpoint.
     return SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
