@@ -122,15 +122,21 @@ class Admission:
 
     def _giving_way(self) -> set[str]:
         """Tenants in use that get no more turns: those in use longest, as many as lost patience."""
-        missing: collections.Counter[str] = collections.Counter(
-            self._bank.slab_of(tenant)
+        missing: collections.Counter[str | None] = collections.Counter(
+            self._slab_of(tenant)
             for tenant, passed in self._passed.items()
             if passed >= self._patience and tenant not in self._uses
         )
         chosen = set()
         for tenant in self._uses if missing else ():
-            slab = self._bank.slab_of(tenant)
+            slab = self._slab_of(tenant)
             if missing[slab]:
                 missing[slab] -= 1
                 chosen.add(tenant)
         return chosen
+
+    def _slab_of(self, tenant: str) -> str | None:
+        try:
+            return self._bank.slab_of(tenant)
+        except InputError:  # somebody has removed it from the bank meanwhile; `ask` will find it
+            return None

@@ -20,24 +20,32 @@ class Delivery:
     What waits for a listener that blocks is bounded: of each request its tokens and its end.
     """
 
-    def __init__(self, failed: Callable[[Job], None], told: Callable[[Job], None]):
-        """Starts no thread yet.
+    def __init__(self) -> None:
+        self._events: queue.SimpleQueue[tuple[Job, Event | None] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def start(self, cancel: Callable[[Job], None], told: Callable[[Job], None]) -> None:
+        """Starts the thread.
 
         Args:
-          failed: called with a job whose listener raised an exception.
+          cancel: called with a job whose listener raised an exception, or that was abandoned.
           told: called with a job whose listener has had its `Done`.
         """
-        self._failed, self._told = failed, told
-        self._events: queue.SimpleQueue[tuple[Job, Event] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="engine answers", daemon=True)
-
-    def start(self) -> None:
-        """Starts the thread."""
+        self._thread = threading.Thread(
+            target=self._run, args=(cancel, told), name="engine answers", daemon=True
+        )
         self._thread.start()
 
     def put(self, job: Job, event: Event) -> None:
         """Has a job's listener told; returns at once."""
         self._events.put((job, event))
+
+    def abandon(self, job: Job) -> None:
+        """Has a job cancelled that nobody listens to any more.
+
+        For finalizers, which may run in any thread whatever locks that holds: it takes none.
+        """
+        self._events.put((job, None))
 
     @property
     def backlog(self) -> int:
@@ -50,19 +58,21 @@ class Delivery:
 
     def join(self) -> None:
         """Waits for the end of the thread, but not for ever."""
-        if self._thread.is_alive() and self._thread is not threading.current_thread():
+        if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(PATIENCE)
 
-    def _run(self) -> None:
+    def _run(self, cancel: Callable[[Job], None], told: Callable[[Job], None]) -> None:
         while (item := self._events.get()) is not None:
             job, event = item
-            if not job.deaf or isinstance(event, Done):
+            if event is None:
+                cancel(job)
+            elif not job.deaf or isinstance(event, Done):
                 try:
                     job.listener(event)
                 except Exception:
                     LOG.warning("the listener of request %s failed", job.id, exc_info=True)
                     job.deaf = True
-                    self._failed(job)
+                    cancel(job)
             if isinstance(event, Done):
-                self._told(job)
+                told(job)
             del item, job, event  # nothing of a request is kept while the thread waits

@@ -70,7 +70,7 @@ class Engine:
         self.options = options if options is not None else EngineOptions()
         self._runner = runner if runner is not None else Runner(base, bank, self.options)
         self._observers = Observers()
-        self._delivery = Delivery(self._listener_failed, self._told)
+        self._delivery = Delivery()
         self._scheduler = Scheduler(
             self._runner,
             bank,
@@ -83,7 +83,6 @@ class Engine:
         self._scheduler.refusal = Refused("closing", "the engine has not been started")
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._state = "new"
-        self._untold = 0
         self._error: BaseException | None = None
 
     # Its life.
@@ -101,7 +100,7 @@ class Engine:
             self._state = "starting"
         self.bank.open()
         self.bank.on_read(self._scheduler.tenant_read)
-        self._delivery.start()
+        self._delivery.start(self._scheduler.cancel, self._scheduler.told)
         self._thread.start()
         with self._wake:
             self._wake.wait_for(lambda: self._state != "starting")
@@ -120,7 +119,7 @@ class Engine:
         with self._wake:
             if self._scheduler.refusal is None:
                 self._scheduler.refusal = Refused("closing", "the server is shutting down")
-            return self._wake.wait_for(lambda: not self._untold, timeout)
+            return self._wake.wait_for(lambda: not self._scheduler.untold, timeout)
 
     def close(self) -> None:
         """Ends what is open with `Done("cancelled")`, and the threads; the bank stays as it is.
@@ -177,15 +176,13 @@ class Engine:
         """
         try:
             job = self._job(request, listener)
-            with self._wake:
-                self._scheduler.add(job)
-                self._untold += 1
+            self._scheduler.add(job)
         except InputError as error:
             code = error.code if isinstance(error, Refused) else "invalid"
             self._scheduler.count_refused(code)
             self._observers.tell(lambda observer: observer.refused(code))
             raise
-        return Ticket(self._scheduler, job)
+        return Ticket(job, self._scheduler.cancel, self._delivery.abandon)
 
     def room(self, prompt_tokens: int) -> int:
         """How many tokens an answer to a prompt of so many can have, 0 or less for none."""
@@ -225,7 +222,7 @@ class Engine:
             )
         self.bank.register(name, folder, read=self._state == "running")
 
-    def unload(self, name: str, wait: float = 0) -> bool:
+    def unload(self, name: str, wait: float = 2.0) -> bool:
         """Forgets a tenant, with its cached prefixes; its folder stays. From any thread.
 
         From now on requests for it are refused. Those that were accepted are answered first.
@@ -235,7 +232,7 @@ class Engine:
           wait: seconds to wait for that at most.
 
         Returns:
-          Whether it is gone already; if not, it will be when its last request has ended.
+          Whether it is gone; if not, it will be when its last request has ended.
 
         Raises:
           InputError: if it is unknown.
@@ -263,7 +260,6 @@ class Engine:
             "state": self._state,
             "alive": self.alive,
             "failed": self.failed,
-            "untold": self._untold,
             "events_waiting": self._delivery.backlog,
             "bytes": self.nbytes,
             **self._scheduler.summary(),
@@ -331,12 +327,4 @@ class Engine:
             self._scheduler.refusal = Refused("failed", "the engine has failed; restart the server")
         self._scheduler.end_all("error", "the engine has failed", self.failed)
         with self._wake:
-            self._wake.notify_all()
-
-    def _listener_failed(self, job: Job) -> None:
-        self._scheduler.cancel(job)
-
-    def _told(self, job: Job) -> None:
-        with self._wake:
-            self._untold -= 1
             self._wake.notify_all()

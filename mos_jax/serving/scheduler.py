@@ -32,6 +32,8 @@ from mos_jax.serving.tenants import TenantBank
 
 # Seconds between two looks at a bank whose slots are all held by somebody else than the engine.
 STUCK = 0.1
+# The longest wait, in seconds; much longer ones are more than a lock can be waited for.
+LONGEST_WAIT = 3600.0
 
 
 class Scheduler:
@@ -40,6 +42,7 @@ class Scheduler:
     Attributes:
       wake: the lock of all that threads share, and what the turning thread waits on.
       open: jobs that have not ended, by id.
+      untold: how many were accepted whose listeners have not had their end.
       counts: what has happened so far.
       refusal: why no job is accepted, if none is.
     """
@@ -67,6 +70,7 @@ class Scheduler:
         self.counts: collections.Counter[str] = collections.Counter()
         self.refusal: Refused | None = None
         self.open: dict[str, Job] = {}
+        self.untold = self._entering = 0
         self._of_tenant: collections.Counter[str] = collections.Counter()
         self._leaving: set[str] = set()
         self._runner, self._bank, self._options = runner, bank, options
@@ -93,7 +97,7 @@ class Scheduler:
                 raise Refused(self.refusal.code, str(self.refusal))
             if job.tenant in self._leaving:
                 raise Refused("unknown_tenant", f"no tenant {job.tenant!r}: it is being unloaded")
-            if len(queue) >= options.queue:
+            if len(queue) + self._entering >= options.queue:
                 raise Refused(
                     "queue_full", f"{options.queue} requests wait already; try again later"
                 )
@@ -105,13 +109,24 @@ class Scheduler:
                 )
             self.open[job.id] = job
             self._of_tenant[job.tenant] += 1
+            self.untold += 1
             self.counts["accepted"] += 1
-            self._admission.add(job)
-            if job.deadline is not None:
-                self._next_deadline = min(job.deadline, self._next_deadline or job.deadline)
-            # Before the turning thread can see it, so that nothing is told of it earlier.
-            self._observers.tell(lambda each: each.accepted(job.request))
-            self._tell()
+            self._entering += 1
+        # Before it can get anywhere, so that nothing is told of it earlier; and not with the lock.
+        self._observers.tell(lambda each: each.accepted(job.request))
+        with self.wake:
+            self._entering -= 1
+            if job.id in self.open:
+                self._admission.add(job)
+                if job.deadline is not None:
+                    self._next_deadline = min(job.deadline, self._next_deadline or job.deadline)
+                self._tell()
+
+    def told(self, job: Job) -> None:
+        """The listener of a job has had its end."""
+        with self.wake:
+            self.untold -= 1
+            self.wake.notify_all()
 
     def cancel(self, job: Job) -> None:
         """Has a job end, whatever it is at; nothing if it has ended."""
@@ -161,6 +176,7 @@ class Scheduler:
             return {
                 "turn_seconds": 0.0 if since is None else round(time.monotonic() - since, 3),
                 "open": len(self.open),
+                "untold": self.untold,
                 "queue": {
                     "requests": len(queue),
                     "limit": self._options.queue,
@@ -231,12 +247,12 @@ class Scheduler:
 
     def _wait(self) -> None:
         while not (self._news or self._read or self._prefilling or self._decoding or self._flying):
-            limits = []
+            limits = [LONGEST_WAIT]
             if self._next_deadline is not None:
                 limits.append(max(0.0, self._next_deadline - time.monotonic()))
             if self._admission.stuck:
                 limits.append(STUCK)
-            if not self.wake.wait(min(limits, default=None)):
+            if not self.wake.wait(min(limits)):
                 self._news = True
                 return
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from mos_jax.serving.jobs import Job
 from mos_jax.serving.requests import Done, Event, Piece, TokenInfo
-from mos_jax.serving.scheduler import Scheduler
 
 
 class Ticket:
@@ -19,16 +18,21 @@ class Ticket:
       seed: of its sampling noise; asking again with it gives the same tokens.
     """
 
-    def __init__(self, scheduler: Scheduler, job: Job):
+    def __init__(self, job: Job, cancel: Callable[[Job], None], abandon: Callable[[Job], None]):
+        """Of a job; both calls have it cancelled, and the second one takes no lock."""
         self.id, self.seed = job.id, job.seed
-        self._scheduler, self._job = scheduler, job
+        self._job, self._cancel, self._abandon = job, cancel, abandon
 
     def cancel(self) -> None:
         """Ends the request, whatever it is at, with `Done("cancelled")`; nothing if it has ended.
 
         From any thread, at once; a piece or two may still come before the end.
         """
-        self._scheduler.cancel(self._job)
+        self._cancel(self._job)
+
+    def abandon(self) -> None:
+        """As `cancel`, soon, for finalizers: it takes no lock."""
+        self._abandon(self._job)
 
 
 class Answer(NamedTuple):
@@ -72,8 +76,9 @@ class Stream(Iterator[Event]):
             self.ticket.cancel()
 
     def __del__(self) -> None:
-        """Nobody reads it any more."""
-        self.close()
+        """Cancels the request: nobody reads it any more."""
+        if self.ticket is not None and not self._ended:
+            self.ticket.abandon()
 
     def answer(self) -> Answer:
         """Waits for all of it. If that is interrupted, the request is cancelled."""

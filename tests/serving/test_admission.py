@@ -20,9 +20,11 @@ class FakeBank:
     def __init__(self, slots, reading=0):
         self.slots = collections.defaultdict(lambda: Slots(slots, "tests"))
         self.reading, self.loading = reading, {}
-        self.broken = set()
+        self.broken, self.removed = set(), set()
 
     def slab_of(self, name):
+        if name in self.removed:
+            raise InputError(f"no tenant {name}")
         return name[0]
 
     def request(self, name):
@@ -243,6 +245,19 @@ class TestBroken:
         assert [job for job, _ in server.failed] == broken
         assert {error for _, error in server.failed} == {"a1 is broken"}
         assert bank.slots["a"].in_use == 0
+
+    def test_one_that_is_removed_while_it_waits_holds_up_nobody(self):
+        server = Server(FakeBank(slots=1), rows=2)
+        for _ in range(20):
+            server.add("a1", 2)
+        gone = server.add("a2", 1)
+        while not server.admission._giving_way():
+            server.tick()
+        server.bank.removed.add("a2")
+        for _ in range(30):
+            server.tick()
+        assert server.failed == [(gone, "no tenant a2")]
+        assert len(server.admitted) == 20
 
     def test_slots_that_somebody_else_holds(self):
         bank = FakeBank(slots=1)

@@ -104,6 +104,18 @@ class TestCancelling:
         assert heard.events[-1] is done
         assert [type(event) for event in heard.events].count(Done) == 1
 
+    def test_a_finalizer_takes_no_lock(self, engine, runner):
+        runner.gate = threading.Semaphore(0)
+        stream = engine.stream(ask(max_tokens=50))
+        holding = threading.Thread(target=stream.__del__)
+        with engine._wake:
+            holding.start()
+            holding.join(60)
+            assert not holding.is_alive()
+        runner.gate.release(100)
+        *_, done = stream
+        assert done.reason in ("cancelled", "length")
+
     def test_closing_or_dropping_a_stream(self, engine, runner):
         runner.gate = threading.Semaphore(0)
         closed, dropped = engine.stream(ask(max_tokens=50)), engine.stream(ask(max_tokens=50))
@@ -129,6 +141,13 @@ class TestTimeouts:
         assert done.reason == "timeout"
         assert len(late.text) == done.completion_tokens < 50
         assert fine.end().reason == "length"
+
+    def test_one_that_is_longer_than_a_clock_can_say(self, engine, reading):
+        heard, ticket = submit(engine, "a", timeout=1e30)
+        assert not heard.done.wait(0.1)
+        assert engine.alive
+        ticket.cancel()
+        assert heard.end().reason == "cancelled"
 
     def test_one_that_ended_has_none(self, engine):
         heard, _ = submit(engine, max_tokens=1, timeout=0.2)
@@ -301,7 +320,7 @@ class TestListeners:
 class TestTenants:
     def test_one_that_is_idle_is_gone_at_once(self, engine, runner):
         engine.complete(ask("a", max_tokens=1))
-        engine.unload("a", wait=60)
+        assert engine.unload("a", wait=60)
         assert "a" not in engine.bank
         assert ("forget", "a") in runner.log
         with pytest.raises(InputError, match="no tenant 'a'"):
@@ -310,7 +329,7 @@ class TestTenants:
     def test_one_in_use_answers_to_the_end_and_takes_no_more(self, engine, runner, folder):
         runner.gate = threading.Semaphore(0)
         running = [submit(engine, "a", max_tokens=5)[0] for _ in range(4)]
-        assert not engine.unload("a")
+        assert not engine.unload("a", wait=0.05)
         with pytest.raises(Refused, match="unloaded") as refused:
             engine.submit(ask("a"), print)
         assert refused.value.code == "unknown_tenant"
