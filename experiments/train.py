@@ -4,6 +4,10 @@ python experiments/train.py --config=configs/quickstart.py --workdir=runs/q
 python experiments/train.py --config=configs/quickstart.py --workdir=runs/q --dry_run
 python experiments/train.py --config=configs/quickstart.py --workdir=runs/q2 \
   --config.training.steps=200 --config.adapter.rank=16
+
+On several hosts, the same command on each of them; see docs/many_hosts.md:
+python experiments/train.py --config=configs/quickstart.py --workdir=/shared/q \
+  --config.mesh.fsdp=-1 --coordinator=10.0.0.1:8476 --processes=2 --process_id=0
 """
 
 from collections.abc import Sequence
@@ -14,6 +18,7 @@ from mos_jax import app
 
 CONFIG = app.define_config("configs/quickstart.py")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; made when missing.")
+app.define_hosts()
 DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "Print parameters and memory from the compiled step, then stop."
 )
@@ -23,6 +28,7 @@ def main(_: Sequence[str]) -> None:
     # Imported here so that --help and mistyped flags answer at once.
     from rich.console import Console
 
+    from mos_jax.distributed.agreement import is_first
     from mos_jax.errors import InputError
     from mos_jax.training.config import RunConfig
     from mos_jax.training.loop import train
@@ -30,7 +36,7 @@ def main(_: Sequence[str]) -> None:
     from mos_jax.training.report import print_summary
 
     config = RunConfig.from_mapping(CONFIG.value.lock().to_dict())
-    console = Console()
+    console = Console(quiet=not is_first())
     if DRY_RUN.value:
         print_plan(config, console)
         return

@@ -6,7 +6,9 @@ is one line and its own status; anything else is a defect and keeps its trace.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -26,6 +28,7 @@ COMPILATION_CACHE = flags.DEFINE_string(
     "Folder where compiled programs are kept for the next start, or 'off'. By default that of "
     "$MOS_JAX_COMPILATION_CACHE, else mos_jax/compiled in the user's cache.",
 )
+HOSTS_FLAGS = ("coordinator", "processes", "process_id", "lost_after", "wait_for_others")
 # A config file and its overrides fail in as many ways as Python code can.
 CONFIG_ERRORS = (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError)
 
@@ -47,6 +50,43 @@ def define_config(default: str) -> flags.FlagHolder:
     # The flag is the program's own, though it is defined here: --help must show it.
     flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS["config"])
     return holder
+
+
+def define_hosts() -> None:
+    """Defines the flags of a program that several processes may run together.
+
+    `run` then joins them before its `main` is called; see `mos_jax/distributed/hosts.py`.
+    """
+    flags.DEFINE_string(
+        "coordinator", "", "Several hosts: host:port of process 0; auto: what JAX finds in a TPU "
+        "pod, SLURM or Open MPI; none: alone. Default: auto in a job of several tasks, else alone.",
+    )  # fmt: skip
+    flags.DEFINE_integer("processes", None, "How many, with --coordinator=host:port.")
+    flags.DEFINE_integer("process_id", None, "Of this one, from 0, with --coordinator=host:port.")
+    flags.DEFINE_float(
+        "lost_after", 60.0, "Seconds without a sign of life after which a process is lost, and all "
+        "others end with status 75.", lower_bound=1.0,
+    )  # fmt: skip
+    flags.DEFINE_float(
+        "wait_for_others", 300.0, "Seconds to wait until all processes have started.",
+        lower_bound=1.0,
+    )  # fmt: skip
+    for name in HOSTS_FLAGS:
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
+
+
+def _together() -> contextlib.AbstractContextManager[None]:
+    """The processes of a program with `define_hosts`, joined; nothing for a single one."""
+    values = flags.FLAGS
+    if "coordinator" not in values:
+        return contextlib.nullcontext()
+    # Imported here: it imports JAX, which --help does not need.
+    from mos_jax.distributed.hosts import find_meeting, joined
+
+    meeting = find_meeting(values.coordinator, values.processes, values.process_id, os.environ)
+    if meeting is None:
+        return contextlib.nullcontext()
+    return joined(meeting, values.lost_after, values.wait_for_others)
 
 
 def load_from_config(name: str) -> Callable[..., Any]:
@@ -102,7 +142,8 @@ def _in_words(error: Exception) -> str:
 def _guarded(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> None:
     keep_compiled(COMPILATION_CACHE.value)
     try:
-        main(argv)
+        with _together():
+            main(argv)
     except InputError as error:
         _leave(str(error), USER_ERROR)
     except RunEnded as error:

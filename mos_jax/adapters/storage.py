@@ -78,8 +78,13 @@ _CARD_TYPES: dict[str, tuple[type, ...]] = {
 
 def adapter_arrays(adapter: Adapter) -> dict[str, np.ndarray]:
     """Every array of the adapter on the host, by its path (`"pool_a/q_proj"`)."""
+    return {path: np.asarray(array) for path, array in arrays_by_path(adapter).items()}
+
+
+def arrays_by_path(adapter: Adapter) -> dict[str, jax.Array]:
+    """Every array of the adapter where it lies, by its path."""
     return {
-        "/".join(map(str, path)): np.asarray(variable[...])
+        "/".join(map(str, path)): variable[...]
         for path, variable in nnx.to_flat_state(nnx.state(adapter))
     }
 

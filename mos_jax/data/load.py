@@ -50,10 +50,16 @@ class Data:
     evaluation_layout: Layout
     pad: int
 
-    def source(self, seed: int, accumulation: int = 1, steps: int = NO_END) -> BatchSource:
+    def source(
+        self,
+        seed: int,
+        accumulation: int = 1,
+        steps: int = NO_END,
+        rows: Sequence[int] | None = None,
+    ) -> BatchSource:
         """Returns the training batches by step; the arguments are those of `BatchSource`."""
         train = self.tokens["train"].examples
-        return BatchSource(train, self.layout, self.pad, seed, accumulation, steps)
+        return BatchSource(train, self.layout, self.pad, seed, accumulation, steps, rows)
 
     def loader(
         self, seed: int, accumulation: int = 1, steps: int = NO_END, prefetch: int = 4

@@ -38,6 +38,7 @@ class BatchSource:
         seed: int = 0,
         accumulation: int = 1,
         steps: int = NO_END,
+        rows: Sequence[int] | None = None,
     ) -> None:
         """Makes the source.
 
@@ -48,6 +49,8 @@ class BatchSource:
             seed: of the order of training.
             accumulation: batches per step, A; above 1 they are stacked on a leading axis.
             steps: number of steps.
+            rows: which rows of a batch are made, in order; None: all B. They are what they are in
+                the whole batch, so processes that each make some make one batch together.
 
         Raises:
             InputError: there are no examples, `accumulation` or `steps` is below 1, or `seed`
@@ -68,6 +71,7 @@ class BatchSource:
         self._seed = seed
         self._accumulation = accumulation
         self._steps = steps
+        self._rows = range(layout.rows) if rows is None else [int(row) for row in rows]
         self._lengths, self._targets = lengths_of(examples, layout.prefix)
         self._lock = threading.Lock()
         self._plans: dict[int, list[Row]] = {}
@@ -81,19 +85,37 @@ class BatchSource:
     def __getitem__(self, step: int) -> Batch:
         """Returns the batch of `step`: [B, ...], or [A, B, ...] with accumulation.
 
+        B is the number of rows that are made.
+
         Raises:
             IndexError: `step` is not in [0, len).
         """
-        if not 0 <= step < self._steps:
-            raise IndexError(f"step {step} is not in [0, {self._steps})")
-        count = self._layout.rows * self._accumulation
-        with self._lock:
-            rows = [self._row(number) for number in range(step * count, (step + 1) * count)]
-        batch = make_batch(self._examples, rows, self._layout, self._pad)
+        batch = make_batch(self._examples, self._rows_of(step, self._rows), self._layout, self._pad)
         if self._accumulation == 1:
             return batch
-        shape = (self._accumulation, self._layout.rows)
+        shape = (self._accumulation, len(self._rows))
         return Batch._make(array.reshape(*shape, *array.shape[1:]) for array in batch)
+
+    def count_tokens(self, step: int) -> int:
+        """Returns the tokens of the whole batch of `step`, without padding.
+
+        Raises:
+            IndexError: `step` is not in [0, len).
+        """
+        rows = self._rows_of(step, range(self._layout.rows))
+        own = sum(int(self._lengths[list(row)].sum()) for row in rows)
+        return own + len(rows) * len(self._layout.prefix)
+
+    def _rows_of(self, step: int, wanted: Sequence[int]) -> list[Row]:
+        if not 0 <= step < self._steps:
+            raise IndexError(f"step {step} is not in [0, {self._steps})")
+        size, start = self._layout.rows, step * self._layout.rows * self._accumulation
+        with self._lock:
+            return [
+                self._row(start + micro * size + row)
+                for micro in range(self._accumulation)
+                for row in wanted
+            ]
 
     def epoch(self, step: int) -> int:
         """Returns the epoch in which `step` begins, from 0."""

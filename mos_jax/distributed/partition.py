@@ -5,6 +5,9 @@
 device, since they are small; an array above a threshold is divided over `fsdp` along its
 largest dimension that divides.
 * A batch: its rows over `data` and `fsdp`.
+
+Where several processes share a mesh (`hosts.py`), each gives its own devices their parts; no whole
+array is sent from one to another.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mos_jax.errors import InputError
@@ -84,8 +88,17 @@ class Placement:
         return jax.tree.map(of, tree)
 
     def place(self, tree: Any) -> Any:
-        """Moves the arrays of an adapter or an optimiser to where they lie."""
-        return jax.device_put(tree, self.shardings(tree))
+        """Moves the arrays of an adapter or an optimiser, whole in every process, onto the mesh."""
+        shardings = self.shardings(tree)
+        if jax.process_count() == 1:
+            return jax.device_put(tree, shardings)
+        return jax.tree.map(_take_part, tree, shardings)
+
+    def whole(self, tree: Any) -> Any:
+        """The arrays on every device, so that each process can read them; all call it together."""
+        if all(leaf.is_fully_replicated for leaf in jax.tree.leaves(tree)):
+            return tree
+        return jax.jit(lambda x: x, out_shardings=self.everywhere)(tree)
 
     def batch_shardings(self, batch: Any) -> Any:
         """Where a batch lies: a tree of shardings."""
@@ -96,14 +109,56 @@ class Placement:
             batch,
         )
 
-    def place_batch(self, batch: Any) -> Any:
-        """Gives every device its rows of a batch of host arrays."""
-        return jax.device_put(batch, self.batch_shardings(batch))
+    def own_rows(self, rows: int) -> np.ndarray:
+        """Which of the `rows` rows of a batch the devices of this process hold, in order."""
+        spec = fit_spec((rows,), (ROWS,), self.mesh.shape)
+        parts = NamedSharding(self.mesh, spec).addressable_devices_indices_map((rows,))
+        return np.unique([np.arange(rows)[index] for index in parts.values()])
+
+    def place_batch(self, batch: Any, rows: int | None = None) -> Any:
+        """Gives every device its rows of a batch of host arrays.
+
+        Args:
+          batch: arrays [..., B, n].
+          rows: B, where `batch` holds only `own_rows` of them; None: it holds all.
+        """
+        if rows is None:
+            if jax.process_count() == 1:
+                return jax.device_put(batch, self.batch_shardings(batch))
+            return jax.tree.map(_take_part, batch, self.batch_shardings(batch))
+        own = self.own_rows(rows)
+
+        def joined(array: np.ndarray) -> jax.Array:
+            shape = (*array.shape[:-2], rows, array.shape[-1])
+            spec = fit_spec(shape, batch_axes(array.ndim), self.mesh.shape)
+
+            def part(index: tuple[slice, ...] | None) -> np.ndarray:
+                assert index is not None  # only of arrays without axes
+                start, stop, _ = index[-2].indices(rows)
+                first = np.searchsorted(own, start)
+                here = slice(first, first + stop - start)
+                return array[(*index[:-2], here, index[-1])]
+
+            return jax.make_array_from_callback(shape, NamedSharding(self.mesh, spec), part)
+
+        return jax.tree.map(joined, batch)
 
     @property
     def everywhere(self) -> NamedSharding:
         """The sharding of what every device holds whole."""
         return NamedSharding(self.mesh, PartitionSpec())
+
+
+def _take_part(leaf: Any, sharding: NamedSharding) -> jax.Array:
+    """The array of which this process gives its devices their parts of `leaf`, whole here."""
+    if isinstance(leaf, jax.Array) and leaf.sharding == sharding:
+        return leaf
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        everywhere = NamedSharding(sharding.mesh, PartitionSpec())
+        data = _take_part(jax.random.key_data(leaf), everywhere)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+    held = np.asarray(leaf)
+    return jax.make_array_from_callback(held.shape, sharding, lambda index: held[index])
 
 
 @dataclasses.dataclass(frozen=True)

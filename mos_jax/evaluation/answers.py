@@ -25,6 +25,7 @@ from mos_jax.evaluation.memory import Recall, bits_recalled
 from mos_jax.models.base import Base
 from mos_jax.models.decoder import Decoder
 from mos_jax.models.generation import Sampling, generate
+from mos_jax.models.sharding import readable
 from mos_jax.statistics.shares import wilson_interval
 
 # Rows generated at once; bounds the key-value cache.
@@ -70,7 +71,11 @@ class Evaluation:
         }
 
 
-_token_losses = jax.jit(token_losses)
+@jax.jit
+def _token_losses(
+    model: Decoder, factors: Factors | None, batch: Batch
+) -> tuple[jax.Array, jax.Array]:
+    return readable(token_losses(model, factors, batch), model.mesh)
 
 
 def teacher_forced(

@@ -200,15 +200,19 @@ def load_base(
     with source.open_weights() as readers:
         for weight, reader in readers.items():
             sampler = Sampler(reader.shape) if weight in quantized else None
+            sharding = choose_sharding(shardings, weight, reader.shape)
             weights[weight] = place(
                 weight,
                 reader,
                 weight_dtype(weight, dtype),
-                choose_sharding(shardings, weight, reader.shape),
+                sharding,
                 scheme if weight in quantized else None,
                 sampler.see if sampler else None,
             )
-            sample = sampler.sample() if sampler else None
+            divided = sharding is not None and not sharding.is_fully_addressable
+            sample = None
+            if sampler:
+                sample = sampler.fill_in() if divided else sampler.sample()
             if sample is not None:
                 samples[weight] = sample
     model = Decoder(source.config, weights, remat, mesh, attention, logits_mib)

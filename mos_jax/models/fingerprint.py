@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import jax
 import ml_dtypes
 import numpy as np
+from jax.experimental import multihost_utils
 
 from mos_jax.errors import InputError
 from mos_jax.models.config import DecoderConfig
@@ -50,17 +51,30 @@ class Sampler:
         """The sample; None while parts are missing, as where other hosts read them."""
         return self._values if self._seen.all() else None
 
+    def fill_in(self) -> np.ndarray | None:
+        """The sample with what other processes have seen; all of them call it together."""
+        # The values as bits, and 0 where others know them: one of a kind goes over the wire.
+        bits = np.where(self._seen, self._values.view(np.uint16), 0).astype(np.int32)
+        everyone = multihost_utils.process_allgather(np.stack([bits, self._seen.astype(np.int32)]))
+        self._values = everyone[:, 0].max(axis=0).astype(np.uint16).view(SAMPLE_DTYPE)
+        self._seen = everyone[:, 1].any(axis=0)
+        return self.sample()
+
 
 def sample_array(weight: jax.Array | np.ndarray) -> np.ndarray:
-    """The sample of a weight, each entry from a device of this host that holds it."""
+    """The sample of a weight, each entry from a device of this host that holds it.
+
+    Where processes hold different parts of the weight, all of them call it together.
+    """
     shards = weight.addressable_shards if isinstance(weight, jax.Array) else []
-    if len(shards) < 2:
+    whole = weight.is_fully_addressable if isinstance(weight, jax.Array) else True
+    if len(shards) < 2 and whole:
         return np.asarray(weight[sampled_entries(weight.shape)])
     sampler = Sampler(weight.shape)
     for shard in shards:
         axes = zip(shard.index, weight.shape, strict=True)
         sampler.see(tuple(slice(*axis.indices(size)[:2]) for axis, size in axes), shard.data)
-    sample = sampler.sample()
+    sample = sampler.sample() if whole else sampler.fill_in()
     if sample is None:
         raise InputError(
             f"a weight of shape {list(weight.shape)} is not whole on this host, so it has no "

@@ -17,6 +17,7 @@ from mos_jax.errors import InputError
 from mos_jax.models.choosing import Controls, choose
 from mos_jax.models.decoder import Decoder, FactorsSource
 from mos_jax.models.kv_cache import Cache
+from mos_jax.models.sharding import readable
 
 # Prompts are padded to a multiple of this many tokens and slots likewise, so that few shapes, and
 # few compilations, serve all lengths.
@@ -174,7 +175,7 @@ def _choose(
     model: Decoder, hidden: jax.Array, positions: jax.Array, controls: Controls
 ) -> jax.Array:
     """Picks the token at `positions`, int32 [B], of every row: hidden [B, d] -> int32 [B]."""
-    return choose(model.logits(hidden), positions, controls)
+    return readable(choose(model.logits(hidden), positions, controls), model.mesh)
 
 
 @functools.partial(jax.jit, donate_argnames="cache")

@@ -93,6 +93,13 @@ def _pin(x: jax.Array, mesh: Mesh, spec: PartitionSpec) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
+def readable(tree: Any, mesh: Mesh | None) -> Any:
+    """Puts results on every device of the mesh, so that each of its processes can read them."""
+    if mesh is None:
+        return tree
+    return jax.tree.map(lambda x: _pin(x, mesh, PartitionSpec()), tree)
+
+
 def gather_weight(weight: Weight, mesh: Mesh, name: str) -> Weight:
     """One layer's weight [h, o] of a site, gathered over `fsdp` and still divided over `tensor`.
 

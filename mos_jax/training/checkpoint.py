@@ -9,11 +9,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
 from mos_jax.adapters.adapter import Adapter
-from mos_jax.adapters.storage import adapter_arrays, with_arrays
+from mos_jax.adapters.storage import arrays_by_path, with_arrays
 from mos_jax.errors import InputError, RunEnded
 from mos_jax.training.config import CheckpointSection
 from mos_jax.training.step import AdapterParts, TrainState
@@ -21,6 +22,9 @@ from mos_jax.training.step import AdapterParts, TrainState
 
 class Checkpoints:
     """Asynchronous checkpoints in a folder; a step's folder appears only when it is whole.
+
+    Several processes that share a run write each checkpoint together, every one what its devices
+    hold, so all must see the same folder.
 
     The whole adapter is saved, routing tables too, so that a resumed run goes on with the tables
     it began with, whatever a newer version would draw.
@@ -61,7 +65,7 @@ class Checkpoints:
           InputError: if the checkpoint does not have this structure.
         """
         parts, _ = AdapterParts.split(adapter)
-        tree, loader = self.restore_tree(step, state_as_tree(state, parts))
+        tree, loader = self.restore_tree(step, state_as_target(state, parts))
         return *state_from_tree(tree, adapter), loader
 
     def save_tree(self, step: int, tree: Any, loader: dict[str, Any]) -> None:
@@ -85,13 +89,12 @@ class Checkpoints:
                 ),
             )
 
-    def restore_tree(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
-        """Restores what `save_tree` saved as `step`, with the shapes and dtypes of `like`.
+    def restore_tree(self, step: int, target: Any) -> tuple[Any, dict[str, Any]]:
+        """Restores what `save_tree` saved as `step`, as `state_as_target` says.
 
         Raises:
           InputError: if the checkpoint does not have this structure.
         """
-        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         try:
             found = self._manager.restore(
                 step,
@@ -141,11 +144,22 @@ def state_as_tree(state: TrainState, parts: AdapterParts) -> dict[str, Any]:
     """What is saved of a run, or of stacked ones."""
     adapter = nnx.merge(parts.graphdef, state.trained, parts.frozen)
     return {
-        "adapter": adapter_arrays(adapter),
+        "adapter": arrays_by_path(adapter),
         "optimizer": state.optimizer,
         "key": jax.random.key_data(state.key),
         "step": state.step,
     }
+
+
+def state_as_target(state: TrainState, parts: AdapterParts) -> dict[str, Any]:
+    """Where `state_as_tree` is restored to: the adapter to the host, the rest to where it lies."""
+    tree = state_as_tree(state, parts)
+    # Views of one number: placeholders that take no memory.
+    on_host = {
+        path: np.broadcast_to(np.zeros((), array.dtype), array.shape)
+        for path, array in tree["adapter"].items()
+    }
+    return jax.tree.map(ocp.utils.to_shape_dtype_struct, tree) | {"adapter": on_host}
 
 
 def state_from_tree(tree: dict[str, Any], adapter: Adapter) -> tuple[TrainState, AdapterParts]:

@@ -14,6 +14,7 @@ from rich.console import Console
 import mos_jax
 from mos_jax.adapters.adapter import Adapter
 from mos_jax.adapters.storage import ARRAYS_FILE, CARD_FILE, save_adapter
+from mos_jax.distributed.agreement import wait_for_all
 from mos_jax.evaluation.answers import Evaluation, evaluate, generate_answers
 from mos_jax.evaluation.compare import compare
 from mos_jax.training.session import Session
@@ -131,6 +132,7 @@ def finish(
     """
     began = time.perf_counter()
     config, base, data = session.config, session.base, session.data
+    adapter = session.whole(adapter)
     section, factors = config.evaluation, _factors(adapter)
     if validation is None:
         validation = evaluate(base, factors, data, "validation", section.max_new_tokens)
@@ -144,7 +146,7 @@ def finish(
         "budget": session.budget(),
         **course.facts,
         "data": data.report(),
-        "versions": {"mos_jax": mos_jax.__version__, "jax": jax.__version__},
+        "versions": versions(),
         "validation": validation.to_dict(),
     }
     scores = {"validation": validation.scores.tolist()}
@@ -162,21 +164,28 @@ def finish(
             with_base=section.compare_base,
         )
     folder.write_scores(scores)
-    save_adapter(
-        folder.adapter,
-        adapter,
-        base_fingerprint=base.fingerprint,
-        metadata={
-            "base": base.name,
-            "task": data.task.name,
-            "steps": config.training.steps,
-            "config": config.to_dict(),
-            "mos_jax_version": mos_jax.__version__,
-        },
-    )
+    if folder.writes:
+        save_adapter(
+            folder.adapter,
+            adapter,
+            base_fingerprint=base.fingerprint,
+            metadata={
+                "base": base.name,
+                "task": data.task.name,
+                "steps": config.training.steps,
+                "config": config.to_dict(),
+                "mos_jax_version": mos_jax.__version__,
+            },
+        )
+    wait_for_all("adapter written")
     summary["adapter_bytes"] = sum(
         (folder.adapter / name).stat().st_size for name in (ARRAYS_FILE, CARD_FILE)
     )
     summary["seconds"] = course.seconds(began)
     folder.write_summary(summary)
     return summary
+
+
+def versions() -> dict[str, str]:
+    """Of this package and of JAX."""
+    return {"mos_jax": mos_jax.__version__, "jax": jax.__version__}

@@ -19,6 +19,8 @@ from rich.console import Console
 
 from mos_jax.adapters.adapter import Adapter
 from mos_jax.data.batches import Batch
+from mos_jax.data.loader import Loader
+from mos_jax.distributed.agreement import agree, agree_to_stop, is_first
 from mos_jax.errors import InputError, RunEnded
 from mos_jax.evaluation.answers import Evaluation
 from mos_jax.models.decoder import Decoder
@@ -31,8 +33,9 @@ from mos_jax.training.finish import (
     finish,
     validate,
     validation_record,
+    versions,
 )
-from mos_jax.training.metrics import Reporter, RunLog, check_logging
+from mos_jax.training.metrics import Log, NoLog, Reporter, RunLog, check_logging
 from mos_jax.training.session import Loads, Session
 from mos_jax.training.step import AdapterParts, TrainState
 from mos_jax.training.workdir import WorkDir
@@ -60,6 +63,10 @@ def train(
     A run that was killed at any moment and is started again ends with bitwise the adapter of an
     uninterrupted one.
 
+    Several processes that share JAX's devices (`jax.distributed`) call it alike, with a folder that
+    all of them see. The first one writes what is written once and prints; each writes its part of
+    the checkpoints.
+
     Args:
       config: the run.
       workdir: its folder; holds config.json, checkpoints/, metrics.jsonl, tensorboard/, adapter/
@@ -77,10 +84,17 @@ def train(
       RunEnded: if a checkpoint cannot be written, for example on a full disk; the last one stays.
     """
     console = console if console is not None else Console()
-    folder = WorkDir(workdir)
+    if not is_first():
+        console = Console(quiet=True)
+    folder = WorkDir(workdir, writes=is_first())
     resolved = config.to_dict()
+    agree("the config", lambda: {**resolved, "versions": versions()})
     changes = folder.check_config(resolved)
     summary = folder.read_summary()
+    agree(
+        "the run's folder, which all must see",
+        lambda: {"finished with step": summary and summary["steps"]},
+    )
     if summary is not None and summary["steps"] == config.training.steps:
         return summary
     check_logging(config.logging)
@@ -89,6 +103,10 @@ def train(
         say_changes(console, changes, config)
         checkpoints = Checkpoints(folder.checkpoints, config.checkpoint)
         try:
+            agree(
+                "what is in their files",
+                lambda: {"last checkpoint": checkpoints.latest_step, **session.facts()},
+            )
             run = _SingleLoop(session, folder, checkpoints, console)
             folder.write_config(resolved)
             folder.remove_outcome()
@@ -157,7 +175,7 @@ class Loop(abc.ABC):
             console.print(f"resuming after step {self.first}", highlight=False)
 
     @abc.abstractmethod
-    def logs(self) -> list[RunLog]:
+    def logs(self) -> Sequence[Log]:
         """Opens the log of each run."""
 
     @abc.abstractmethod
@@ -203,7 +221,10 @@ class Loop(abc.ABC):
                 if pending is not None:
                     self.report(reporter, pending)
                 pending = Pending(step, metrics, tokens)
-                saving = step % config.checkpoint.every == 0 or step == total or bool(caught)
+                stopping = agree_to_stop(step, caught[0] if caught else None)
+                saving = (
+                    step % config.checkpoint.every == 0 or step == total or stopping is not None
+                )
                 evaluating = step == total or (
                     config.evaluation.every > 0 and step % config.evaluation.every == 0
                 )
@@ -214,13 +235,13 @@ class Loop(abc.ABC):
                 if saving:
                     self.save(reporter)
                     self.clock.restart()
-                if caught:
+                if stopping is not None:
                     self.checkpoints.wait()
-                    name = signal.Signals(caught[0]).name
+                    name = signal.Signals(stopping).name
                     raise Stopped(
                         f"{name}: saved step {step} of {total} in {self.folder.path}; the same "
                         "command goes on from there",
-                        128 + caught[0],
+                        128 + stopping,
                     )
                 if self.over:
                     break
@@ -247,20 +268,24 @@ class _SingleLoop(Loop):
         super().__init__(session.config, session.base.model, folder, checkpoints, console)
         self.session = session
         self.validation: Evaluation | None = None
-        section = self.config.training
-        self.loader = session.data.loader(section.seed, section.accumulation)
+        self.source = session.source()
+        self.loader = Loader(self.source)
+        self.drawn = self.first
         self.state, self.parts = session.initial()
         if self.first:
             state, parts, position = checkpoints.restore(self.first, self.state, session.adapter)
             self.state, self.parts = session.place(state, parts)
             self.loader.set_state(position)
 
-    def logs(self) -> list[RunLog]:
+    def logs(self) -> Sequence[Log]:
+        if not self.folder.writes:
+            return [NoLog()]
         return [RunLog(self.folder.path, self.config.logging, self.first, self.config.to_dict())]
 
     def next_batch(self) -> tuple[Batch, list[int]]:
-        batch = next(self.loader)
-        return self.session.place_batch(batch), [count_tokens(batch)]
+        batch, step = next(self.loader), self.drawn
+        self.drawn += 1
+        return self.session.place_batch(batch), [self.source.count_tokens(step)]
 
     def train_step(self) -> jax.stages.Wrapped:
         return self.session.train_step()

@@ -22,8 +22,7 @@ from mos_jax.errors import InputError, RunEnded
 from mos_jax.files import write_file
 from mos_jax.training.config import RunConfig
 from mos_jax.training.finish import StepClock
-from mos_jax.training.loop import count_tokens
-from mos_jax.training.metrics import Reporter
+from mos_jax.training.metrics import NoLog, Reporter
 from mos_jax.training.optimizer import make_optimizer
 from mos_jax.training.session import Session
 
@@ -210,11 +209,11 @@ def run_range_test(
     session = dataclasses.replace(session, optimizer=optimizer)
     state, parts = session.initial()
     step_function, model = session.train_step(), session.base.model
-    source = session.data.source(section.seed, section.accumulation)
+    source = session.source()
     losses: list[float] = []
     best, stopped = math.inf, ""
     clock = StepClock()
-    with Reporter([_Unwritten()], config.logging, steps, 0, console, "range test") as reporter:
+    with Reporter([NoLog()], config.logging, steps, 0, console, "range test") as reporter:
         for step in range(steps):
             batch = source[step]
             state, metrics = step_function(state, parts, model, session.place_batch(batch))
@@ -223,7 +222,7 @@ def run_range_test(
                 stopped = f"the loss was {loss} at step {step + 1}"
                 break
             losses.append(loss)
-            reporter.step(step + 1, [{"loss": loss}], [count_tokens(batch)], clock.step())
+            reporter.step(step + 1, [{"loss": loss}], [source.count_tokens(step)], clock.step())
             recent = float(np.mean(losses[-LAST:]))
             best = min(best, recent)
             if recent > max(GIVE_UP * best, losses[0]):
@@ -233,13 +232,3 @@ def run_range_test(
         raise RunEnded(f"{stopped}, before any update: no learning rate is to blame")
     rates = [float(schedule(step)) for step in range(len(losses))]
     return RangeTest(rates, losses, smooth(losses, steps), stopped)
-
-
-class _Unwritten:
-    """A `Log` of a test whose curve is written as a whole, at its end."""
-
-    def write(self, record: Mapping[str, Any]) -> None:
-        pass
-
-    def close(self) -> None:
-        pass

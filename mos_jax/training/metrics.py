@@ -61,6 +61,16 @@ class Log(Protocol):
         """Takes no more."""
 
 
+class NoLog:
+    """A `Log` that keeps nothing, for what another process or another file holds."""
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """See `Log`."""
+
+    def close(self) -> None:
+        """See `Log`."""
+
+
 class RunLog:
     """Where the numbers of one run go: `metrics.jsonl` and what the configuration asks for."""
 

@@ -34,8 +34,7 @@ def plan(config: RunConfig) -> dict[str, Any]:
     session = Session.create(config, Loads(outline_base))
     state, parts = session.initial()
     adapter, model = session.adapter, session.base.model
-    section = config.training
-    batch = session.data.source(section.seed, section.accumulation)[0]
+    batch = session.source()[0]
     placed = session.place_batch(batch)
     compiled = session.train_step().lower(state, parts, model, placed).compile()
     memory = compiled.memory_analysis()
@@ -67,7 +66,7 @@ def plan(config: RunConfig) -> dict[str, Any]:
             "batch": _bytes(placed),
             "activations": memory.temp_size_in_bytes,
         },
-        "mesh": _mesh(session, state, parts, batch),
+        "mesh": _mesh(session, state, parts, placed),
         "adapter": adapter.summary(),
         "data": session.data.report(),
     }

@@ -18,8 +18,10 @@ from mos_jax.adapters.storage import load_adapter
 from mos_jax.data.batches import Batch
 from mos_jax.data.config import DataConfig
 from mos_jax.data.load import Data, load_data
+from mos_jax.data.loader import BatchSource
 from mos_jax.distributed.mesh import make_mesh, resolve_sizes
 from mos_jax.distributed.partition import Placement, check_rows
+from mos_jax.errors import InputError
 from mos_jax.models.base import Base, load_base
 from mos_jax.training.config import BaseSection, RunConfig
 from mos_jax.training.optimizer import make_optimizer
@@ -117,11 +119,24 @@ class Session:
             return state, parts
         return self.placement.place(state), self.placement.place(parts)
 
+    def source(self) -> BatchSource:
+        """The training batches by step, of which this process makes the rows that it holds."""
+        section, rows = self.config.training, None
+        if self.placement is not None and jax.process_count() > 1:
+            rows = self.placement.own_rows(self.data.layout.rows).tolist()
+        return self.data.source(section.seed, section.accumulation, rows=rows)
+
     def place_batch(self, batch: Batch) -> Batch:
-        """Moves a batch to the device, or to every device of the mesh its rows; waits for none."""
-        return (
-            jax.device_put(batch) if self.placement is None else self.placement.place_batch(batch)
-        )
+        """Moves a batch of `source` to the device, or its rows to every device; waits for none."""
+        if self.placement is None:
+            return jax.device_put(batch)
+        several = jax.process_count() > 1
+        return self.placement.place_batch(batch, self.data.layout.rows if several else None)
+
+    def whole(self, adapter: Adapter) -> Adapter:
+        """The adapter with arrays that every process can read; all processes call it together."""
+        several = self.placement is not None and jax.process_count() > 1
+        return self.placement.whole(adapter) if self.placement and several else adapter
 
     def train_step(self) -> Any:
         """The compiled step; see `make_train_step`."""
@@ -133,6 +148,10 @@ class Session:
             self.placement,
             section.assembly,
         )
+
+    def facts(self) -> dict[str, str]:
+        """What the files of several processes must agree on: the base and the data."""
+        return {"base": self.base.fingerprint, "data": self.source().fingerprint}
 
     def budget(self) -> dict[str, int]:
         """Trained parameters of this adapter, and of LoRA at the same rank and budget.
@@ -176,6 +195,12 @@ def find_placement(
     sizes = resolve_sizes(section.data, section.fsdp, section.tensor, count)
     mesh = make_mesh(sizes, devices)
     if mesh is None:
+        if jax.process_count() > 1:
+            raise InputError(
+                f"{jax.process_count()} processes with {count} devices need a mesh over all of "
+                "them, or each would train for itself: set --config.mesh.data=-1 or "
+                "--config.mesh.fsdp=-1"
+            )
         return None
     check_rows(config.data.batch_size, sizes)
     return Placement(mesh, int(section.shard_above_mib * 2**20))

@@ -24,7 +24,7 @@ from rich.console import Console
 from mos_jax.data.batches import Batch
 from mos_jax.errors import InputError
 from mos_jax.evaluation.answers import Evaluation
-from mos_jax.training.checkpoint import Checkpoints, state_as_tree
+from mos_jax.training.checkpoint import Checkpoints, state_as_target, state_as_tree
 from mos_jax.training.config import RunConfig
 from mos_jax.training.finish import Course, describe, finish, validate, validation_record
 from mos_jax.training.loop import (
@@ -37,7 +37,7 @@ from mos_jax.training.loop import (
     not_finite,
     say_changes,
 )
-from mos_jax.training.metrics import Reporter, RunLog, check_logging
+from mos_jax.training.metrics import Log, Reporter, RunLog, check_logging
 from mos_jax.training.session import Loads
 from mos_jax.training.stacking import Group, check_stackable, mark, silence, stack_batches
 from mos_jax.training.workdir import WorkDir
@@ -190,7 +190,7 @@ class StackedLoop(Loop):
         self.state, self.parts = group.initial()
         self.failed: dict[int, str] = {}
         if self.first:
-            like = state_as_tree(self.state, self.parts)
+            like = state_as_target(self.state, self.parts)
             tree, kept = checkpoints.restore_tree(self.first, like)
             self.state, self.parts = group.restore(tree)
             for loader, position in zip(self.loaders, kept["loaders"], strict=True):
@@ -204,7 +204,7 @@ class StackedLoop(Loop):
         for loader in self.loaders:
             loader.close()
 
-    def logs(self) -> list[RunLog]:
+    def logs(self) -> Sequence[Log]:
         """See base class."""
         return [
             RunLog(

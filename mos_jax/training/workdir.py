@@ -24,10 +24,12 @@ class WorkDir:
 
     Attributes:
       path: the folder.
+      writes: whether this process writes: of several that share a run, the first one.
     """
 
-    def __init__(self, path: str | os.PathLike[str]):
+    def __init__(self, path: str | os.PathLike[str], writes: bool = True):
         self.path = Path(path)
+        self.writes = writes
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"--workdir={self.path} is a file; give a folder")
 
@@ -81,16 +83,21 @@ class WorkDir:
 
     def remove_outcome(self) -> None:
         """Marks the run as neither finished nor failed."""
-        for name in ("summary.json", "error.json"):
+        for name in ("summary.json", "error.json") if self.writes else ():
             (self.path / name).unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Creates the folder and keeps other runs out of it; freed even by a kill.
 
+        A process that does not write takes no lock: the first one holds it for all.
+
         Raises:
           Busy: if another process holds it.
         """
+        if not self.writes:
+            yield
+            return
         self.path.mkdir(parents=True, exist_ok=True)
         with open(self.path / ".lock", "w") as stream:
             try:
@@ -108,6 +115,8 @@ class WorkDir:
             raise InputError(f"{self.path / name} is not JSON ({error}); remove it") from None
 
     def _write(self, name: str, value: Mapping[str, Any]) -> None:
+        if not self.writes:
+            return
         fresh = self.path / f".{name}.new"
         with open(fresh, "w", encoding="utf-8") as stream:
             stream.write(json.dumps(value, indent=2) + "\n")
