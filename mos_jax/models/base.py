@@ -236,27 +236,50 @@ def outline_base(
     """
     if dtype not in DTYPES:
         raise InputError(f"unknown dtype {dtype!r}; {suggest(dtype, DTYPES)}")
-    scheme = find_scheme(quantize)
+    find_scheme(quantize)
     check_computation(remat, attention, logits_mib)
     source = _find_source(name)
     choose_attention(attention, mesh, dtype, source.config.head_dim)
-    shapes = source.config.weight_shapes()
-    check_names(shardings, list(shapes))
+    check_names(shardings, list(source.config.weight_shapes()))
     with source.open_weights():
         pass
+    with naming(name):
+        model = outline_model(
+            source.config, dtype, remat, quantize, shardings, mesh, attention, logits_mib
+        )
+    return Base(os.fspath(name), model, source.tokenizer)
+
+
+def outline_model(
+    config: DecoderConfig,
+    dtype: str = "float32",
+    remat: str = "products",
+    quantize: str | None = None,
+    shardings: Shardings | None = None,
+    mesh: Mesh | None = None,
+    attention: str = "auto",
+    logits_mib: float = LOGITS_MIB,
+) -> Decoder:
+    """The decoder of `outline_base`, from its configuration; no file is needed.
+
+    Raises:
+      InputError: for an unknown dtype, policy or scheme, widths that are not whole blocks of the
+        scheme, or what `shardings` gives being no sharding.
+    """
+    if dtype not in DTYPES:
+        raise InputError(f"unknown dtype {dtype!r}; {suggest(dtype, DTYPES)}")
+    scheme = find_scheme(quantize)
     weights: dict[str, Weight] = {}
-    for weight, shape in shapes.items():
+    for weight, shape in config.weight_shapes().items():
         coded = scheme is not None and weight.removeprefix("blocks/") in SITES
         kind = np.dtype(np.float32) if coded else weight_dtype(weight, dtype)
         stored: Any = jax.ShapeDtypeStruct(shape, kind)
         if scheme is not None and coded:
-            with naming(name):
-                check_divides(weight, shape[-2])
+            check_divides(weight, shape[-2])
             stored = jax.eval_shape(lambda x: scheme.build(*scheme.encode(x)), stored)
         sharding = choose_sharding(shardings, weight, shape)
         weights[weight] = jax.tree.map(functools.partial(_placed, sharding), stored)
-    model = Decoder(source.config, weights, remat, mesh, attention, logits_mib)
-    return Base(os.fspath(name), model, source.tokenizer)
+    return Decoder(config, weights, remat, mesh, attention, logits_mib)
 
 
 def _placed(sharding: Any, struct: Any) -> Any:

@@ -1,0 +1,1 @@
+"""What a training step will need on TPUs, from the TPU compiler and without a TPU."""

@@ -1,0 +1,101 @@
+"""Compiles one step with the TPU compiler: a program of its own, run where libtpu is installed.
+
+    python -m mos_jax.planning.worker FOLDER < request.json
+
+It reads a `Request` as JSON and prints, as its last line, the name of the compiled program in
+FOLDER: a digest of the step before compilation, of the chips and of the compiler's versions, so
+that two requests for one step are compiled once. NAME.json holds what the compiler says of it (or
+why it refused), NAME.hlo.gz the scheduled program as text.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import importlib.metadata
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from mos_jax.errors import InputError
+from mos_jax.files import fresh_file
+
+COMPILER = ("jax", "jaxlib", "libtpu")
+# How the compiler says that a program does not fit.
+NO_ROOM = "RESOURCE_EXHAUSTED"
+
+
+def describe_devices(topology: str) -> list[Any]:
+    """The devices of a topology, described by libtpu. Raises InputError if it refuses the name."""
+    from jax.experimental import topologies
+
+    # libtpu takes four chips for a host unless it is told otherwise; a single chip is its own.
+    alone = {"chips_per_host_bounds": (1, 1, 1)} if topology.endswith(":1x1") else {}
+    try:
+        described = topologies.get_topology_desc(
+            platform="tpu", topology_name=topology, **alone
+        )
+    except Exception as error:
+        raise InputError(f"libtpu refuses the topology {topology!r}: {error}") from error
+    return list(described.devices)
+
+
+def compile_program(lowered: Any) -> tuple[dict[str, Any], str]:
+    """What the compiler says of a lowered step, and the compiled program as text.
+
+    Returns:
+      `seconds` of the compilation, and either `memory` (bytes on each chip, by name as in XLA's
+      CompiledMemoryStats) with `cost` (XLA's own count, the body of a loop once), or `refused`,
+      the compiler's message for a program that does not fit.
+    """
+    import jax
+
+    start = time.perf_counter()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if NO_ROOM not in str(error):
+            raise
+        seconds = time.perf_counter() - start
+        return {"seconds": seconds, "refused": str(error)}, ""
+    seconds = time.perf_counter() - start
+    stats = compiled.memory_analysis()
+    memory = {name: getattr(stats, name) for name in dir(stats) if name.endswith("_in_bytes")}
+    cost = {k: v for k, v in compiled.cost_analysis().items() if k in ("flops", "bytes accessed")}
+    return {"seconds": seconds, "memory": memory, "cost": cost}, compiled.as_text()
+
+
+def main() -> None:
+    """Compiles the request on standard input; see the module."""
+    from mos_jax.planning.outline import outline_step
+    from mos_jax.planning.request import Request
+
+    folder = Path(sys.argv[1])
+    request = Request.from_dict(json.load(sys.stdin))
+    devices = describe_devices(request.topology)
+    outline = outline_step(request, devices)
+    lowered = outline.lower()
+    versions = {name: importlib.metadata.version(name) for name in COMPILER}
+    placement = outline.session.placement
+    order = [] if placement is None else [d.id for d in placement.mesh.devices.flat]
+    what = json.dumps([request.topology, order, versions])
+    name = hashlib.sha256((what + lowered.as_text()).encode()).hexdigest()[:32]
+    if not (folder / f"{name}.json").is_file():
+        found, text = compile_program(lowered)
+        if text:
+            with fresh_file(folder / f"{name}.hlo.gz") as file:
+                # Without a time, so that equal programs are equal files.
+                file.write_bytes(gzip.compress(text.encode(), 6, mtime=0))
+        with fresh_file(folder / f"{name}.json") as file:
+            file.write_text(json.dumps(found | {"versions": versions}, indent=1) + "\n")
+    print(name)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
