@@ -84,6 +84,20 @@ KNOWN_CONFIGS: dict[str, DecoderConfig] = {
 }  # fmt: skip
 
 
+def find_known(name: str) -> DecoderConfig | None:
+    """The entry that a folder or a file of weights is named after, or None.
+
+    "path/to/Llama-2-7b-hf" and "meta-llama/Llama-3.2-3B" are "llama2-7b" and "llama3.2-3b".
+    """
+    short = _letters(name.replace("\\", "/").rstrip("/").rpartition("/")[2])
+    short = short.removeprefix("meta").removesuffix("hf")
+    return next((c for known, c in KNOWN_CONFIGS.items() if _letters(known) == short), None)
+
+
+def _letters(name: str) -> str:
+    return "".join(c for c in name.lower() if c.isalnum())
+
+
 def known_config(name: str) -> DecoderConfig:
     """Returns the entry of `KNOWN_CONFIGS` called `name`; raises InputError if there is none."""
     if name not in KNOWN_CONFIGS:

@@ -7,8 +7,8 @@ import math
 
 from mos_jax.errors import InputError, suggest
 
-# Where the numbers below are from, and when they were read there.
-SOURCE = "Google Cloud's TPU documentation, pages on v5e, v5p and v6e, as of June 2026"
+# Where the numbers below are from.
+SOURCE = "Google Cloud TPU documentation, pages TPU v5e, TPU v5p and TPU v6e, read on 2026-11-24"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +22,8 @@ class Chip:
       memory_bandwidth: bytes a second from and to HBM.
       link_bandwidth: bytes a second over all links of a chip, both directions together.
       axes: dimensions of its torus; each has two links of a chip.
+      clock: cycles a second, from its peak and the number of its matrix units (of 128 x 128; 4 in
+        v5e, 8 in v5p); 0: not known.
       topologies: shapes that are offered, ascending.
     """
 
@@ -31,7 +33,13 @@ class Chip:
     memory_bandwidth: float
     link_bandwidth: float
     axes: int
+    clock: float
     topologies: tuple[str, ...]
+
+    @property
+    def axis_bandwidth(self) -> float:
+        """Bytes a second that a chip receives over the two links of one axis of the torus."""
+        return self.link_bandwidth / self.axes / 2
 
 
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
@@ -43,9 +51,9 @@ _CUBES = (
 CHIPS: dict[str, Chip] = {
     chip.name: chip
     for chip in (
-        Chip("v5e", 16 * 2**30, 197e12, 819e9, 400e9, 2, _FLAT),
-        Chip("v5p", 95 * 2**30, 459e12, 2765e9, 1200e9, 3, _CUBES),
-        Chip("v6e", 32 * 2**30, 918e12, 1638e9, 800e9, 2, _FLAT),
+        Chip("v5e", 16 * 2**30, 197e12, 819e9, 400e9, 2, 1.50e9, _FLAT),
+        Chip("v5p", 95 * 2**30, 459e12, 2765e9, 1200e9, 3, 1.75e9, _CUBES),
+        Chip("v6e", 32 * 2**30, 918e12, 1638e9, 800e9, 2, 0.0, _FLAT),
     )
 }
 

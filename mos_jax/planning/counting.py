@@ -27,7 +27,8 @@ COLLECTIVES = {
 # These move no bytes of their own: names for what is there, or the end of what was counted.
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id",
-    "replica-id", "opt-barrier", "iota", "copy-done", "slice-done", "dynamic-slice-done", "async-done", "async-update",
+    "replica-id", "opt-barrier", "iota", "copy-done", "slice-done", "dynamic-slice-done",
+    "async-done", "async-update",
 } | {f"{kind}-done" for kind in set(COLLECTIVES.values())}  # fmt: skip
 _SLICES = ("dynamic-slice", "slice", "gather")
 
@@ -67,6 +68,7 @@ class Counts:
       collectives: in the order of the program.
       loops: how often each loop's body runs, by name of the loop.
       unknown_loops: loops whose number of iterations the program does not say; counted once.
+      cycles: the TPU compiler's own estimates for its fusions, added up; 0 where it gives none.
     """
 
     flops: float
@@ -74,6 +76,7 @@ class Counts:
     collectives: tuple[Collective, ...]
     loops: dict[str, int]
     unknown_loops: tuple[str, ...]
+    cycles: int = 0
 
     def by_kind(self) -> dict[str, dict[str, int]]:
         """By kind of collective: `count` of a step, `payload` and `received` bytes in all."""
@@ -96,13 +99,14 @@ def count_program(program: Program, devices: int) -> Counts:
         tuple(counter.collectives),
         counter.loops,
         tuple(counter.unknown),
+        counter.cycles,
     )
 
 
 class _Counter:
     def __init__(self, program: Program, devices: int) -> None:
         self._program, self._devices = program, devices
-        self.flops, self.bytes = 0.0, 0.0
+        self.flops, self.bytes, self.cycles = 0.0, 0.0, 0
         self.collectives: list[Collective] = []
         self.loops: dict[str, int] = {}
         self.unknown: list[str] = []
@@ -124,6 +128,8 @@ class _Counter:
                 self._run_called(one, "calls", times)
             else:
                 self.bytes += times * self._traffic(computation, one)
+                if stated := re.search(r'"estimated_cycles":"(\d+)"', one.rest):
+                    self.cycles += times * int(stated[1])
                 for place, inner in self._with_fused(computation, one):
                     self.flops += times * product_flops(place, inner)
                     if inner.opcode in COLLECTIVES:

@@ -12,7 +12,11 @@ from jax.sharding import Sharding, SingleDeviceSharding
 
 from mos_jax.adapters.methods import create_adapter
 from mos_jax.data.batches import Batch
+from mos_jax.distributed.table import array_lines, base_lines, batch_lines
 from mos_jax.models.base import Base, outline_model
+from mos_jax.models.decoder import Decoder
+from mos_jax.models.placing import Shardings
+from mos_jax.models.sharding import DATA, FSDP, TENSOR
 from mos_jax.planning.request import Request
 from mos_jax.training.optimizer import make_optimizer
 from mos_jax.training.session import Session, find_placement
@@ -49,34 +53,67 @@ def outline_step(request: Request, devices: Sequence[jax.Device]) -> StepOutline
     # Without a mesh everything is on the first device, which must be said: it is not JAX's own.
     alone = SingleDeviceSharding(devices[0])
     base = config.base
-    shardings = (lambda name, shape: alone) if placement is None else placement.weights(base.quantize)
+    shardings: Shardings = lambda name, shape: alone  # noqa: E731
+    if placement is not None:
+        shardings = placement.weights(base.quantize)
     decoder = outline_model(
         model, base.dtype, base.remat, base.quantize, shardings, placement and placement.mesh
     )
-    adapter = jax.eval_shape(
-        lambda key: create_adapter(config.adapter, config.adapted(decoder.sites), key),
-        jax.random.key(0),
-    )
-    session = Session(
-        config,
-        # Neither tokenizer nor data have a part in the compiled step.
-        Base(base.name, decoder, cast(Any, None)),
-        adapter,
-        cast(Any, None),
-        make_optimizer(config.training, config.adapter.rate_ratios()),
-        placement,
-    )
-    state, parts = jax.eval_shape(
-        lambda adapter: dataclasses.replace(session, adapter=adapter, placement=None).initial(),
-        adapter,
-    )
+    session = _session(request, decoder)
+    state, parts = _initial(session)
+    session = dataclasses.replace(session, placement=placement)
     batch = outline_batch(request)
     if placement is None:
         state, parts, batch = jax.tree.map(lambda leaf: _at(leaf, alone), (state, parts, batch))
     else:
-        state, parts = (jax.tree.map(_at, tree, placement.shardings(tree)) for tree in (state, parts))
+        state, parts = (
+            jax.tree.map(_at, tree, placement.shardings(tree)) for tree in (state, parts)
+        )
         batch = jax.tree.map(_at, batch, placement.batch_shardings(batch))
     return StepOutline(session, (state, parts, decoder, batch))
+
+
+def _session(request: Request, decoder: Decoder) -> Session:
+    config = request.config
+    adapter = jax.eval_shape(
+        lambda key: create_adapter(config.adapter, config.adapted(decoder.sites), key),
+        jax.random.key(0),
+    )
+    return Session(
+        config,
+        # Neither tokenizer nor data have a part in the compiled step.
+        Base(config.base.name, decoder, cast(Any, None)),
+        adapter,
+        cast(Any, None),
+        make_optimizer(config.training, config.adapter.rate_ratios()),
+    )
+
+
+def _initial(session: Session) -> Any:
+    return jax.eval_shape(
+        lambda adapter: dataclasses.replace(session, adapter=adapter).initial(), session.adapter
+    )
+
+
+def held_bytes(request: Request) -> int:
+    """Bytes that each chip holds between steps: its part of base, adapter, optimiser and a batch.
+
+    By the rules of placement alone; no step needs less.
+    """
+    config, sizes = request.config, mesh_sizes(request)
+    base, above = config.base, int(config.mesh.shard_above_mib * 2**20)
+    decoder = outline_model(request.model, base.dtype, base.remat, base.quantize)
+    state, parts = _initial(_session(request, decoder))
+    lines = base_lines(request.model, base.dtype, base.quantize, sizes)
+    lines += array_lines("adapter", (state, parts), sizes, above)
+    lines += batch_lines(outline_batch(request), sizes)
+    return sum(line.held for line in lines)
+
+
+def mesh_sizes(request: Request) -> dict[str, int]:
+    """Sizes of the axes of a request's mesh."""
+    mesh = request.config.mesh
+    return {DATA: mesh.data, FSDP: mesh.fsdp, TENSOR: mesh.tensor}
 
 
 def outline_batch(request: Request) -> Batch:

@@ -14,6 +14,8 @@ import gzip
 import hashlib
 import importlib.metadata
 import json
+import math
+import re
 import sys
 import time
 from pathlib import Path
@@ -25,6 +27,9 @@ from mos_jax.files import fresh_file
 COMPILER = ("jax", "jaxlib", "libtpu")
 # How the compiler says that a program does not fit.
 NO_ROOM = "RESOURCE_EXHAUSTED"
+# "17.03G" as the compiler writes 17.03 GiB.
+_SIZE = r"([\d.]+)([KMGT]?)"
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def describe_devices(topology: str) -> list[Any]:
@@ -34,12 +39,59 @@ def describe_devices(topology: str) -> list[Any]:
     # libtpu takes four chips for a host unless it is told otherwise; a single chip is its own.
     alone = {"chips_per_host_bounds": (1, 1, 1)} if topology.endswith(":1x1") else {}
     try:
-        described = topologies.get_topology_desc(
-            platform="tpu", topology_name=topology, **alone
-        )
+        described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **alone)
     except Exception as error:
         raise InputError(f"libtpu refuses the topology {topology!r}: {error}") from error
     return list(described.devices)
+
+
+def usable_memory(device: Any) -> int:
+    """Bytes of a chip that the compiler lets programs have.
+
+    It says so when it refuses a program, so it is given one that no chip has room for.
+    """
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import SingleDeviceSharding
+
+    # 2 TiB, and as much for the result.
+    huge = jax.ShapeDtypeStruct(
+        (2**11, 2**14, 2**14), jnp.float32, sharding=SingleDeviceSharding(device)
+    )
+    try:
+        jax.jit(lambda x: x + 1).lower(huge).compile()
+    except jax.errors.JaxRuntimeError as error:
+        _, usable = read_refusal(str(error))
+        if usable is not None:
+            return usable
+        raise RuntimeError(f"the compiler states no memory: {error}") from error
+    raise RuntimeError("the compiler took a program of 4 TiB for one chip")
+
+
+def argument_bytes(arguments: Any) -> int:
+    """Bytes of the arguments of a step on each chip, from their shapes and shardings."""
+    import jax
+
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(arguments)
+    )
+
+
+def read_refusal(message: str) -> tuple[int | None, int | None]:
+    """Bytes that a refused program needs, and bytes that there are, from the compiler's words."""
+    for pattern in (
+        rf"\({_SIZE}\) exceeds available HBM \({_SIZE}\)",
+        rf"Used {_SIZE} of {_SIZE} hbm",
+    ):
+        found = re.search(pattern, message)
+        if found is not None:
+            needed, unit, usable, other = found.groups()
+            return (
+                round(float(needed) * _UNITS[unit]),
+                round(float(usable) * _UNITS[other]),
+            )
+    return None, None
 
 
 def compile_program(lowered: Any) -> tuple[dict[str, Any], str]:
@@ -84,12 +136,17 @@ def main() -> None:
     name = hashlib.sha256((what + lowered.as_text()).encode()).hexdigest()[:32]
     if not (folder / f"{name}.json").is_file():
         found, text = compile_program(lowered)
+        found |= {
+            "arguments": argument_bytes(outline.arguments),
+            "usable": usable_memory(devices[0]),
+            "versions": versions,
+        }
         if text:
             with fresh_file(folder / f"{name}.hlo.gz") as file:
                 # Without a time, so that equal programs are equal files.
                 file.write_bytes(gzip.compress(text.encode(), 6, mtime=0))
         with fresh_file(folder / f"{name}.json") as file:
-            file.write_text(json.dumps(found | {"versions": versions}, indent=1) + "\n")
+            file.write_text(json.dumps(found, indent=1) + "\n")
     print(name)
 
 

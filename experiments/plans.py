@@ -1,0 +1,74 @@
+r"""LLaMA2 at the paper's settings on TPU slices: MoS beside LoRA, as a table.
+
+Every cell is one compile of one to several minutes; what was compiled before costs nothing, so a
+call that was stopped goes on where it was. The files are written anew after every cell.
+
+python experiments/plans.py --out=results/plans.json --report=results/plans.md
+python experiments/plans.py --out=results/plans.json --report=results/plans.md --known_only
+python experiments/plans.py --out=runs/7b.json --report=runs/7b.md --only=llama2-7b --only=MoS
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from mos_jax import app
+
+OUT = flags.DEFINE_string("out", None, "JSON file.")
+REPORT = flags.DEFINE_string("report", None, "Markdown file.")
+ONLY = flags.DEFINE_multi_string("only", [], "Only cells whose names hold this, or all of these.")
+KNOWN_ONLY = flags.DEFINE_bool("known_only", False, "Leave out what was not compiled before.")
+CACHE = flags.DEFINE_string("cache", None, "Folder of compiled steps. Default: the user's cache.")
+PYTHON = flags.DEFINE_string("python", None, "Python with libtpu. Default: that of `make planner`.")
+
+MODELS = ("Llama-2-7b-hf", "Llama-2-13b-hf", "Llama-2-70b-hf")
+TOPOLOGIES = ("v5e:2x4", "v5e:8x8", "v5p:2x2x2", "v5e:16x16", "v5p:4x4x4", "v5e:1x1")
+# At e = 2 and r = 16, LoRA of the same active rank and LoRA of 8 times the budget are one.
+ADAPTERS = ("MoS e=2 r=16", "LoRA r=16")
+
+
+def cells() -> Iterator[Any]:
+    from configs.paper import settings
+    from mos_jax.planning.chips import find_slice
+    from mos_jax.planning.resolving import make_request
+    from mos_jax.planning.study import Cell
+    from mos_jax.training.config import RunConfig, default_config
+
+    for adapter, topology, model in itertools.product(ADAPTERS, TOPOLOGIES, MODELS):
+        config = settings.paper_config(model)
+        if adapter.startswith("LoRA"):
+            config.adapter = default_config("lora", rank=16).adapter
+        run = RunConfig.from_mapping(config.to_dict())
+        request, notes = make_request(run, find_slice(topology))
+        yield Cell(adapter, request, tuple(notes))
+
+
+def main(_: Sequence[str]) -> None:
+    from rich.console import Console
+
+    from mos_jax.errors import InputError
+    from mos_jax.planning.compiling import Compiler
+    from mos_jax.planning.study import run_study
+
+    for name, value in (("out", OUT.value), ("report", REPORT.value)):
+        if not value:
+            raise InputError(f"--{name} is missing; see --help")
+    chosen = [cell for cell in cells() if all(word in cell.name for word in ONLY.value)]
+    if not chosen:
+        raise InputError(f"no cell has {' and '.join(ONLY.value)} in its name; see --help")
+    run_study(
+        chosen,
+        Compiler(Path(CACHE.value) if CACHE.value else None, PYTHON.value),
+        Path(OUT.value),
+        Path(REPORT.value),
+        "make plans",
+        KNOWN_ONLY.value,
+        lambda words: Console().print(words, highlight=False),
+    )
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,192 @@
+"""Many plans in one table: models, slices and adapters beside each other."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from mos_jax.files import fresh_file
+from mos_jax.planning.chips import SOURCE
+from mos_jax.planning.compiling import Compiler
+from mos_jax.planning.estimate import ASSUMPTIONS
+from mos_jax.planning.plan import GIB, make_plan
+from mos_jax.planning.request import Request
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One plan of a study.
+
+    Attributes:
+      adapter: what it is called in the table.
+      request: the step.
+      notes: what was assumed for it.
+    """
+
+    adapter: str
+    request: Request
+    notes: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """Model, slice and adapter, as in the table."""
+        return f"{self.request.model.name} {self.request.topology} {self.adapter}"
+
+
+def run_study(
+    cells: Sequence[Cell],
+    compiler: Compiler,
+    out: Path,
+    report: Path,
+    command: str,
+    known_only: bool = False,
+    told: Callable[[str], None] = lambda words: None,
+) -> None:
+    """Plans all cells and writes them as JSON and as a page, anew after every cell.
+
+    Args:
+      cells: in the order in which they are compiled.
+      compiler: what it compiled before costs nothing.
+      out: JSON file.
+      report: Markdown file.
+      command: what was called, for the page.
+      known_only: whether cells that were not compiled before are left out.
+      told: is called with a line for every cell.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for cell in cells:
+        if known_only and not compiler.known(cell.request):
+            told(f"{cell.name}: not compiled")
+            continue
+        plan = make_plan(cell.request, compiler)
+        found[cell.name] = {"adapter_name": cell.adapter, **plan.to_dict()}
+        told(f"{cell.name}: {plan.verdict()}")
+        _write(cells, found, compiler, out, report, command)
+    _write(cells, found, compiler, out, report, command)
+
+
+def _write(
+    cells: Sequence[Cell],
+    found: dict[str, dict[str, Any]],
+    compiler: Compiler,
+    out: Path,
+    report: Path,
+    command: str,
+) -> None:
+    missing = [cell.name for cell in cells if cell.name not in found]
+    notes = sorted({note for cell in cells for note in cell.notes})
+    values = {
+        "command": command,
+        "date": datetime.date.today().isoformat(),
+        "versions": compiler.versions,
+        "chips": SOURCE,
+        "assumptions": list(ASSUMPTIONS),
+        "assumed": notes,
+        "cells": found,
+        "missing": missing,
+    }
+    with fresh_file(out) as file:
+        file.write_text(json.dumps(values, indent=1) + "\n")
+    with fresh_file(report) as file:
+        file.write_text(page(values))
+
+
+def page(values: dict[str, Any]) -> str:
+    """The Markdown page of a study, from its JSON values."""
+    cells = values["cells"]
+    versions = ", ".join(f"{name} {of}" for name, of in values["versions"].items())
+    lines = [
+        "# Plans: training steps compiled for TPU slices without a TPU",
+        "",
+        f"    {values['command']}",
+        "",
+        f"{values['date']}; {versions}. Every row is the training step itself, compiled by the TPU "
+        "compiler from shapes alone; no chip has run it. docs/planner.md says how to read it.",
+        "",
+        *(f"- Assumed: {note}." for note in values["assumed"]),
+        "- Bytes are of one chip. The peak is what the compiler accepts or refuses a program for; "
+        "a refused one has no program, so no work to count.",
+        f"- Time: {'; '.join(values['assumptions'])}; chip: {values['chips']}.",
+        "",
+        "| model | slice | data, fsdp, tensor | adapter | arguments | temporaries | peak GiB | of "
+        "| verdict | TFLOPs | received MiB | ms | tokens/s |",
+        "|---|---|---|---|---:|---:|---:|---:|---|---:|---:|---:|---:|",
+        *(_row(cell) for cell in cells.values()),
+        "",
+        *_comparison(list(cells.values())),
+    ]
+    if values["missing"]:
+        lines += ["", f"Not compiled yet: {'; '.join(values['missing'])}."]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _row(cell: dict[str, Any]) -> str:
+    of = cell["bytes"]
+    sizes = ", ".join(str(size) for size in cell["mesh"].values())
+    over = (of["needed"] - of["usable"]) / GIB
+    verdict = "fits" if cell["fits"] else f"{over:,.2f} GiB too much"
+    parts = [cell["model"], cell["topology"], sizes, cell["adapter_name"]]
+    parts += [_gib(of.get("arguments", of["held"])), _gib(of.get("temporaries"))]
+    parts += [_gib(of["needed"]), _gib(of["usable"]), verdict]
+    if "seconds" in cell:
+        received = sum(kind["received"] for kind in cell["collectives"].values())
+        seconds, speed = cell["seconds"], cell["tokens_per_second"]
+        parts += [
+            f"{cell['flops'] / 1e12:,.2f}",
+            f"{received / 2**20:,.0f}",
+            f"{seconds['least'] * 1e3:,.0f} to {seconds['most'] * 1e3:,.0f}",
+            f"{speed['at_most_time']:,.0f} to {speed['at_least_time']:,.0f}",
+        ]
+    else:
+        parts += ["", "", "", ""]
+    return f"| {' | '.join(parts)} |"
+
+
+def _comparison(cells: Sequence[dict[str, Any]]) -> list[str]:
+    """MoS beside the other adapters of the same model, slice and mesh."""
+    lines: list[str] = []
+    for ours in cells:
+        if not ours["adapter_name"].startswith("MoS") or "seconds" not in ours:
+            continue
+        others = [
+            other
+            for other in cells
+            if other is not ours
+            and "seconds" in other
+            and all(other[key] == ours[key] for key in ("model", "topology", "mesh"))
+        ]
+        lines += [_compared(one) for one in (ours, *others)] if others else []
+    if not lines:
+        return []
+    return [
+        "## MoS beside LoRA",
+        "",
+        "Collectives of a step by kind: how many, and MiB that each chip receives.",
+        "",
+        "| model | slice | adapter | arguments MiB | temporaries MiB | peak MiB | all-gather "
+        "| all-reduce | reduce-scatter | others | TFLOPs |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        *lines,
+    ]
+
+
+def _compared(cell: dict[str, Any]) -> str:
+    of, kinds = cell["bytes"], dict(cell["collectives"])
+    named = [kinds.pop(kind, None) for kind in ("all-gather", "all-reduce", "reduce-scatter")]
+    rest = {key: sum(kind[key] for kind in kinds.values()) for key in ("count", "received")}
+    parts = [cell["model"], cell["topology"], cell["adapter_name"]]
+    parts += [f"{of[name] / 2**20:,.1f}" for name in ("arguments", "temporaries", "needed")]
+    parts += [
+        f"{kind['count']:,}: {kind['received'] / 2**20:,.1f}" if kind and kind["count"] else "-"
+        for kind in (*named, rest)
+    ]
+    parts.append(f"{cell['flops'] / 1e12:,.3f}")
+    return f"| {' | '.join(parts)} |"
+
+
+def _gib(size: int | None) -> str:
+    return "" if size is None else f"{size / GIB:,.2f}"
