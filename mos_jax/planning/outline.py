@@ -57,7 +57,14 @@ def outline_step(request: Request, devices: Sequence[jax.Device]) -> StepOutline
     if placement is not None:
         shardings = placement.weights(base.quantize)
     decoder = outline_model(
-        model, base.dtype, base.remat, base.quantize, shardings, placement and placement.mesh
+        model,
+        base.dtype,
+        base.remat,
+        base.quantize,
+        shardings,
+        placement and placement.mesh,
+        base.attention,
+        base.logits_mib,
     )
     session = _session(request, decoder)
     state, parts = _initial(session)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from mos_jax.errors import InputError, suggest
-from mos_jax.models.decoder import REMAT_POLICIES
+from mos_jax.models.remat import REMAT_POLICIES
 from mos_jax.planning.chips import Slice, find_slice
 from mos_jax.planning.plan import Compiles, Plan, make_plan
 from mos_jax.planning.request import Request
