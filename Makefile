@@ -20,10 +20,10 @@ SETUP := PYTHON="$(PYTHON)" sh tools/setup.sh
 PYTEST := $(PY) -m pytest -n $(JOBS) --dist loadfile
 CODE := mos_jax experiments configs notebooks tests tools
 
-.PHONY: site notebooks help setup interop quickstart test parity lint format fuzz bench quantized support study coverage wheel clean distclean
+.PHONY: planner planner-test plans site notebooks help setup interop quickstart test parity lint format fuzz bench quantized support study coverage wheel clean distclean
 
 help: ## This list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
 setup: ## Build or update .venv; EXTRAS="cuda wandb" adds extras
 	@$(SETUP) $(EXTRAS)
@@ -35,7 +35,7 @@ quickstart: setup ## Fine-tune the default base on a small task and evaluate it
 	$(PY) experiments/quickstart.py --config=configs/quickstart.py --workdir=runs/quickstart $(ARGS)
 
 test: setup ## All tests that need no torch
-	$(PYTEST) -m "not parity" $(ARGS)
+	$(PYTEST) -m "not parity and not planner" $(ARGS)
 
 parity: interop ## Compare with torch, transformers and peft (installs them)
 	$(PYTEST) -m parity $(ARGS)
@@ -45,6 +45,15 @@ lint: setup ## ruff, format, types, and the rules of tools/check_tree.py
 	$(PY) -m ruff format --check $(CODE)
 	$(PY) -m mypy
 	$(PY) tools/check_tree.py
+
+planner: ## Build .venv-tpu, where the TPU compiler lives: experiments/plan.py needs it
+	@PYTHON="$(PYTHON)" sh tools/setup_planner.sh
+
+planner-test: setup planner ## Tests with the TPU compiler
+	$(PYTEST) -m planner $(ARGS)
+
+plans: setup planner ## LLaMA2 on TPU slices, MoS beside LoRA: results/plans.md (hours; resumes)
+	$(PY) experiments/plans.py --out=results/plans.json --report=results/plans.md $(ARGS)
 
 format: setup ## Rewrite the code as ruff wants it
 	$(PY) -m ruff check --fix $(CODE)
@@ -86,4 +95,4 @@ clean: ## Remove caches and build outputs
 	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## The same, and .venv; runs/ stays
-	rm -rf .venv
+	rm -rf .venv .venv-tpu

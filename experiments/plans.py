@@ -53,9 +53,8 @@ def main(_: Sequence[str]) -> None:
     from mos_jax.planning.compiling import Compiler
     from mos_jax.planning.study import run_study
 
-    for name, value in (("out", OUT.value), ("report", REPORT.value)):
-        if not value:
-            raise InputError(f"--{name} is missing; see --help")
+    if not OUT.value or not REPORT.value:
+        raise InputError("--out or --report is missing; see --help")
     chosen = [cell for cell in cells() if all(word in cell.name for word in ONLY.value)]
     if not chosen:
         raise InputError(f"no cell has {' and '.join(ONLY.value)} in its name; see --help")

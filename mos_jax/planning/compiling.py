@@ -183,6 +183,8 @@ class Compiler:
             "TPU_SKIP_MDS_QUERY": "1",
             # It describes chips and holds none, so several may run at a time.
             "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+            # What is compiled for described chips cannot be loaded again.
+            "JAX_ENABLE_COMPILATION_CACHE": "false",
         }
         return subprocess.run(
             [str(self._python), *arguments],

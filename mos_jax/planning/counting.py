@@ -217,7 +217,9 @@ class _Counter:
             kind = "reduce-scatter"
         group = group_size(one, self._devices)
         self.collectives.append(Collective(kind, payload, group, times))
-        self.bytes += times * (given + payload)
+        read = sum(a.bytes for a in _main(tuple(_operand_arrays(place, one))))
+        written = made if one.arrays[-1].space == 0 else 0
+        self.bytes += times * (read + written)
 
     def _traffic(self, computation: Computation, one: Instruction) -> float:
         """Bytes that one instruction outside of fusions reads from and writes to main memory."""

@@ -120,7 +120,8 @@ def read_program(text: str) -> Program:
     """Reads the text of a compiled module. Raises ValueError if it holds no entry computation."""
     computations: dict[str, Computation] = {}
     entry = None
-    name, root, instructions = "", "", {}
+    name, root = "", ""
+    instructions: dict[str, Instruction] = {}
     for line in text.splitlines():
         if line and line[0] not in " }":
             header = _HEADER.match(line)

@@ -62,7 +62,7 @@ def outline_step(request: Request, devices: Sequence[jax.Device]) -> StepOutline
         base.remat,
         base.quantize,
         shardings,
-        placement and placement.mesh,
+        None if placement is None else placement.mesh,
         base.attention,
         base.logits_mib,
     )

@@ -56,12 +56,12 @@ class Plan:
 
     def verdict(self) -> str:
         """In words whether it fits, and by how much or by how much not."""
-        of = f"{self.needed / GIB:.2f} of {self.usable / GIB:.2f} GiB of a chip"
+        of = f"{size_in_words(self.needed)} of {size_in_words(self.usable)} of a chip"
         if self.fits:
-            return f"fits: {of}, {(self.usable - self.needed) / GIB:.2f} GiB free"
+            return f"fits: {of}, {size_in_words(self.usable - self.needed)} free"
         least = "at least " if self.program is None else ""
-        over = (self.needed - self.usable) / GIB
-        return f"does not fit: {least}{of}, {least}{over:.2f} GiB too much"
+        over = size_in_words(self.needed - self.usable)
+        return f"does not fit: {least}{of}, {least}{over} too much"
 
     def in_words(self) -> str:
         """One line: the setting and the verdict."""
@@ -119,6 +119,11 @@ class Plan:
             found["tokens_per_second"] = {"at_most_time": slow, "at_least_time": fast}
             found["assumptions"] = [*ASSUMPTIONS, f"chip: {SOURCE}"]
         return found
+
+
+def size_in_words(size: float) -> str:
+    """Bytes as "15.75 GiB" or "3.2 MiB"."""
+    return f"{size / GIB:,.2f} GiB" if abs(size) >= GIB / 10 else f"{size / 2**20:,.1f} MiB"
 
 
 def make_plan(request: Request, compiler: Compiles, compile_all: bool = True) -> Plan:

@@ -11,7 +11,7 @@ from rich.table import Table
 from mos_jax.planning.chips import SOURCE
 from mos_jax.planning.estimate import ASSUMPTIONS, Estimate
 from mos_jax.planning.outline import mesh_sizes
-from mos_jax.planning.plan import GIB, Plan
+from mos_jax.planning.plan import Plan, size_in_words
 from mos_jax.planning.search import Ranking
 
 
@@ -29,13 +29,13 @@ def print_plan(plan: Plan, notes: Sequence[str], console: Console) -> None:
     )
     for note in notes:
         _say(console, f"assumed: {note}.")
-    memory = _table("memory of a chip", "GiB")
-    memory.add_row("arguments", f"{(program.arguments if program else plan.held) / GIB:,.2f}")
+    memory = _table("memory of a chip", "bytes")
+    memory.add_row("arguments", size_in_words(program.arguments if program else plan.held))
     if program is not None:
-        memory.add_row("temporaries at the peak", f"{program.temporaries / GIB:,.2f}")
+        memory.add_row("temporaries at the peak", size_in_words(program.temporaries))
     memory.add_section()
-    memory.add_row("peak", f"{plan.needed / GIB:,.2f}")
-    memory.add_row("what programs may have", f"{plan.usable / GIB:,.2f}")
+    memory.add_row("peak", size_in_words(plan.needed))
+    memory.add_row("what programs may have", size_in_words(plan.usable))
     console.print(memory)
     if program is not None and program.counts is not None and plan.estimate is not None:
         _print_work(plan, plan.estimate, console)
@@ -59,8 +59,8 @@ def _print_work(plan: Plan, found: Estimate, console: Console) -> None:
     table = _table("a step of a chip", "work", "ms at the chip's peak")
     received = sum(one.received for one in counts.collectives)
     table.add_row("matrix products", f"{counts.flops:.3e} FLOPs", _ms(found.compute))
-    table.add_row("main memory", f"{counts.bytes / GIB:,.2f} GiB", _ms(found.memory))
-    table.add_row("links", f"{received / GIB:,.2f} GiB", _ms(found.links))
+    table.add_row("main memory", size_in_words(counts.bytes), _ms(found.memory))
+    table.add_row("links", size_in_words(received), _ms(found.links))
     if found.compiler is not None:
         table.add_row(
             "fusions, by the compiler", f"{counts.cycles:.3e} cycles", _ms(found.compiler)
@@ -80,14 +80,14 @@ def _print_work(plan: Plan, found: Estimate, console: Console) -> None:
 
 def print_ranking(ranking: Ranking, console: Console) -> None:
     """Prints the settings of a search, the best first."""
-    table = _table("data, fsdp, tensor", "rows", "remat", "peak GiB", "ms", "tokens/s", "bound by")
+    table = _table("data, fsdp, tensor", "rows", "remat", "peak", "ms", "tokens/s", "bound by")
     for plan in ranking.plans:
         config, found = plan.request.config, plan.estimate
         sizes = ", ".join(map(str, mesh_sizes(plan.request).values()))
-        peak = f"{'' if plan.program else '>= '}{plan.needed / GIB:,.2f}"
+        peak = f"{'' if plan.program else '>= '}{size_in_words(plan.needed)}"
         row = (sizes, str(plan.request.rows), config.base.remat, peak)
         if found is None:
-            over = f"{(plan.needed - plan.usable) / GIB:,.2f} GiB too much"
+            over = f"{size_in_words(plan.needed - plan.usable)} too much"
             table.add_row(*row, "-", "-", over)
         else:
             speed = f"{found.tokens_per_second[1]:,.0f}"
@@ -129,4 +129,4 @@ def _table(*headings: str) -> Table:
 
 
 def _ms(seconds: float) -> str:
-    return f"{seconds * 1000:,.1f}"
+    return f"{seconds * 1000:,.1f}" if seconds >= 0.01 else f"{seconds * 1000:.3g}"

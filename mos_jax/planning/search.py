@@ -112,8 +112,8 @@ def guessed_seconds(request: Request) -> float:
     itemsize = 2 if request.config.base.dtype == "bfloat16" else 4
     gathered = 2 * weights * itemsize / mesh.tensor * (mesh.fsdp - 1) / mesh.fsdp
     own = batch // (mesh.data * mesh.fsdp)
-    summed = 4 * c.num_layers * own * c.d_model * itemsize
-    summed *= 2 * (mesh.tensor - 1) / mesh.tensor
+    passed = 2 * (mesh.tensor - 1) / mesh.tensor
+    summed = 4 * c.num_layers * own * c.d_model * itemsize * passed
     links = (gathered + summed) / chip.axis_bandwidth
     return max(compute, links) / batch
 
