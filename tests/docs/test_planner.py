@@ -1,10 +1,7 @@
-"""The code of docs/planner.md, its topologies, and its commands as far as they need no libtpu."""
-
-import re
+"""The code of docs/planner.md, and its topologies."""
 
 from mos_jax.planning.chips import CHIPS
 from tests.docs.fixtures_pages import Page
-from tests.experiments.fixtures_programs import ROOT, call
 
 PAGE = Page("planner")
 
@@ -23,15 +20,5 @@ def test_the_page_names_every_topology():
         assert all(shape in row for shape in chip.topologies)
 
 
-def test_flags_and_configs_of_the_commands_are_there():
-    helped = call("plan", "--help", ok=False).stdout
-    commands = re.findall(r"experiments/plan\.py ((?:.*\\\n)*.*)", PAGE.text)
-    assert len(commands) == 3
-    for command in commands:
-        for flag, value in re.findall(r"--(\w+)=?(\S*)", command):
-            assert f"--{flag}" in helped or f"--[no]{flag}" in helped
-            assert flag != "config" or (ROOT / value).is_file()
-
-
-def test_every_block_is_run():
-    assert PAGE.has_only("python")
+def test_every_block_is_run_or_says_that_it_is_not():
+    assert PAGE.has_only("python", "bash")
