@@ -25,6 +25,7 @@ def create_app(service: Service) -> ASGIApp:
     app.add_exception_handler(ApiError, _of_api)
     app.add_exception_handler(RequestValidationError, _of_validation)
     app.add_exception_handler(HTTPException, _of_http)
+    app.add_exception_handler(Exception, _of_defect)
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
     return Guard(app, service)
 
@@ -44,6 +45,11 @@ async def _of_http(_: Request, error: Exception) -> JSONResponse:
     words = {404: "there is no such route", 405: "the route has no such method"}
     message = words.get(error.status_code, str(error.detail))
     return ApiError(error.status_code, message, headers=dict(error.headers or {})).response()
+
+
+async def _of_defect(_: Request, error: Exception) -> JSONResponse:
+    # `Guard`, which the error reaches next, logs it.
+    return ApiError(500, "the server failed on this request", "internal").response()
 
 
 def _document(app: FastAPI) -> dict[str, Any]:

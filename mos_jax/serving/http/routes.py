@@ -6,19 +6,22 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Request, Response
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from mos_jax.adapters.storage import load_adapter
 from mos_jax.errors import InputError
-from mos_jax.interop.peft import read_peft_factors
 from mos_jax.serving.http.errors import ApiError, no_model
 from mos_jax.serving.http.page import PAGE_HEADERS, read_page
 from mos_jax.serving.http.schemas import AdapterBody, ChatBody, CompletionBody
 from mos_jax.serving.http.service import Service
-from mos_jax.serving.kinds import check_tenant_name, is_peft
+from mos_jax.serving.kinds import check_tenant_name
 
+# How long it is worth waiting for a tenant's last requests.
+_UNLOAD_SECONDS = 2.0
 _STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
+_FIGURES: dict[int | str, dict[str, Any]] = {
+    200: {"description": "Figures.", "content": {"text/plain": {"schema": {"type": "string"}}}}
+}
 _ERROR = {
     "description": "An error, in the form of OpenAI's API.",
     "content": {
@@ -99,36 +102,35 @@ def build_routes(service: Service) -> APIRouter:
         return JSONResponse({"object": "list", "data": listed})
 
     @router.post(
-        "/v1/adapters", responses=_answers(400, 408, 409, 413, 415, ok=201), status_code=201
+        "/v1/adapters", responses=_answers(400, 408, 409, 413, 415, 503, ok=201), status_code=201
     )
     def load(body: AdapterBody) -> JSONResponse:
         """Makes a tenant of the adapter in a folder. Needs an administrator's key."""
+        service.check_ready()
         with_name = _checked_name(body.name)
         if with_name == service.base_id or with_name in service.engine.bank:
             raise ApiError(409, f"there is a model {with_name!r} already", "exists", "name")
         folder = service.folder_in_roots(body.folder or with_name)
         try:
-            # All of it, not the card alone: who loads it should hear what is wrong with it.
-            base = service.engine.base
-            if is_peft(folder):
-                read_peft_factors(folder, base.sites)
-            else:
-                load_adapter(folder, sites=base.sites, base_fingerprint=base.fingerprint)
             service.engine.load(with_name, folder)
         except InputError as error:
             raise ApiError(400, str(error), "invalid_adapter", "folder") from error
         return JSONResponse({"name": with_name, "object": "adapter"}, 201)
 
-    @router.delete("/v1/adapters/{name}", responses=_answers(400, 404, 409))
+    @router.delete("/v1/adapters/{name}", responses=_answers(400, 404) | {202: {}})
     def unload(name: Annotated[str, Path()]) -> JSONResponse:
-        """Forgets a tenant that nobody uses; its folder stays. Needs an administrator's key."""
+        """Forgets a tenant; its folder stays. Needs an administrator's key.
+
+        202 where its requests have yet to end; no new ones are taken from now on.
+        """
         if _checked_name(name) not in service.engine.bank:
             raise no_model(name)
         try:
-            service.engine.unload(name)
-        except InputError as error:
-            raise ApiError(409, str(error), "in_use", "name") from error
-        return JSONResponse({"name": name, "object": "adapter", "deleted": True})
+            gone = service.engine.unload(name, _UNLOAD_SECONDS)
+        except InputError as error:  # removed meanwhile
+            raise no_model(name) from error
+        found = {"name": name, "object": "adapter", "deleted": gone}
+        return JSONResponse(found, 200 if gone else 202)
 
     @router.get("/health", responses={200: {}, 503: {}})
     def health() -> JSONResponse:
@@ -147,7 +149,7 @@ def build_routes(service: Service) -> APIRouter:
         """How busy the server is; for an administrator, all that the engine says of itself."""
         return JSONResponse(service.load_figures(request.state.key))
 
-    @router.get("/metrics", responses=_answers())
+    @router.get("/metrics", responses=_answers() | _FIGURES, response_class=PlainTextResponse)
     def metrics() -> Response:
         """Figures in Prometheus' text format. Needs an administrator's key, if there are keys."""
         return Response(service.metrics.render(), media_type=CONTENT_TYPE_LATEST)

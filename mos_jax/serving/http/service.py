@@ -71,6 +71,12 @@ class Service:
         """Whether it takes requests; an engine that failed takes none any more."""
         return "failed" if self.engine.failed is not None else self.state
 
+    def check_ready(self) -> None:
+        """Raises ApiError, 503, unless it takes requests."""
+        if (state := self.health) != "ready":
+            word = {"starting": "starting", "draining": "going down"}.get(state, "broken")
+            raise ApiError(503, f"the server is {word}", state, headers={"Retry-After": "5"})
+
     def tenant_of(self, key: Key, model: str) -> str:
         """The engine's name of a model.
 
@@ -215,9 +221,7 @@ class Service:
         sampling: TokenSampling,
         form: type[Form],
     ) -> Answer:
-        if self.health != "ready":
-            word = {"starting": "starting", "draining": "going down"}.get(self.health, "broken")
-            raise ApiError(503, f"the server is {word}", self.health, headers={"Retry-After": "5"})
+        self.check_ready()
         requests = [
             Request(
                 tenant,
@@ -266,24 +270,27 @@ class Service:
         """
         if not self.roots:
             raise ApiError(403, "the server was started without a folder of adapters", "no_roots")
-        if "\0" in given:
-            raise ApiError(400, "folder: there is a null byte in it", "invalid_value", "folder")
-        outside = ApiError(
+        inside = False
+        for root in self.roots:
+            try:
+                path = Path(os.path.realpath(root / given))
+                if path == root or not path.is_relative_to(root):
+                    continue
+                inside = True
+                if not path.is_dir():
+                    continue
+                entries = [Path(os.path.realpath(entry)) for entry in path.iterdir()]
+            except (OSError, ValueError):  # a name that the system does not take
+                continue
+            if all(entry.is_relative_to(root) for entry in entries):
+                return path
+            break
+        else:
+            if inside:
+                raise ApiError(400, "folder: there is no such folder", "not_found", "folder")
+        raise ApiError(
             400, "folder: it is not in a folder of the server's adapters", "outside", "folder"
         )
-        for root in self.roots:
-            path = Path(os.path.realpath(root / given))
-            if path == root or not path.is_relative_to(root):
-                continue
-            if not path.is_dir():
-                continue
-            inside = (Path(os.path.realpath(entry)) for entry in path.iterdir())
-            if not all(entry.is_relative_to(root) for entry in inside):
-                raise outside
-            return path
-        if any(Path(os.path.realpath(root / given)).is_relative_to(root) for root in self.roots):
-            raise ApiError(400, "folder: there is no such folder", "not_found", "folder")
-        raise outside
 
     def load_figures(self, key: Key) -> Mapping[str, Any]:
         """How busy the server is; an administrator sees all."""

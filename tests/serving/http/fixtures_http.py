@@ -5,6 +5,7 @@ import dataclasses
 import json
 import socket
 import threading
+import time
 import types
 
 import httpx
@@ -55,6 +56,13 @@ class Live:
         with self.client(key) as client:
             body = {"model": model, "messages": [{"role": "user", "content": content}], **fields}
             return client.post("/v1/chat/completions", json=body)
+
+
+def wait_for(condition, seconds=30.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.01)
 
 
 def raw(live):

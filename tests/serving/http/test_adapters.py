@@ -3,11 +3,12 @@
 import json
 import os
 import shutil
+import threading
 
 import pytest
 
 from tests.serving.fixtures_tenants import LORA, MOS, tenants_in
-from tests.serving.http.fixtures_http import ADMIN, fake_server, keyring
+from tests.serving.http.fixtures_http import ADMIN, fake_server, keyring, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +53,23 @@ def test_one_comes_answers_and_goes(live, admin, root):
     }
     assert live.chat("late").status_code == 404
     assert admin.delete("/v1/adapters/late").status_code == 404
+
+
+def test_one_in_use_goes_when_its_requests_have_ended(live, admin, root):
+    shutil.copytree(root / "anna", root / "busy")
+    assert load(admin, "busy").status_code == 201
+    live.runner.gate = threading.Semaphore(0)
+    answers = []
+    asked = threading.Thread(target=lambda: answers.append(live.chat("busy", max_tokens=3)))
+    asked.start()
+    wait_for(lambda: live.runner.row)
+    going = admin.delete("/v1/adapters/busy")
+    assert (going.status_code, going.json()["deleted"]) == (202, False)
+    assert live.chat("busy").status_code == 404
+    live.runner.gate.release(100_000)
+    asked.join(60)
+    assert answers[0].status_code == 200
+    wait_for(lambda: "busy" not in names(admin))
 
 
 def test_a_name_need_not_be_that_of_its_folder(live, admin, root):
@@ -159,6 +177,7 @@ def test_one_that_is_damaged_later_fails_alone(live, admin, root):
     shutil.copytree(root / "ben", root / "later")
     assert load(admin, "later").status_code == 201
     spoil(root / "later", "a byte")
+    live.service.engine.bank.host.drop("later")
     answer = live.chat("later")
     assert answer.status_code == 500
     assert str(root) not in answer.text
@@ -172,6 +191,13 @@ def test_a_folder_that_goes_while_serving(live, admin, root):
     shutil.copytree(root / "anna", root / "gone")
     assert load(admin, "gone").status_code == 201
     shutil.rmtree(root / "gone")
+    assert live.chat("gone").status_code == 200  # from host memory, until others take its place
+    live.service.engine.bank.host.drop("gone")
+    for name in ("anna", "late2", "late3", "late4", "late5"):
+        if name != "anna":
+            shutil.copytree(root / "anna", root / name)
+            assert load(admin, name).status_code == 201
+        assert live.chat(name).status_code == 200  # four slots: the one used longest ago goes
     assert live.chat("gone").status_code == 500
     assert live.chat("anna").status_code == 200
     assert admin.delete("/v1/adapters/gone").status_code == 200

@@ -11,8 +11,7 @@ import pytest
 from mos_jax import EngineOptions
 from mos_jax.serving.http.options import Limits
 from tests.serving.fixtures_tenants import LORA, tenants_in
-from tests.serving.http.fixtures_http import ALL, fake_server, keyring, raw
-from tests.serving.http.test_requests import wait_for
+from tests.serving.http.fixtures_http import ALL, fake_server, keyring, raw, wait_for
 
 OPTIONS = EngineOptions(rows=2, length=4096, pieces=(64, 512), queue=200, tenant_queue=200)
 # A gate that opens by itself, a step at a time.

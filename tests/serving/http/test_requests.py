@@ -12,7 +12,7 @@ import pytest
 from mos_jax import EngineOptions
 from mos_jax.serving.http.options import Limits
 from tests.serving.fixtures_tenants import LORA, tenants_in
-from tests.serving.http.fixtures_http import ADMIN, ALL, fake_server, keyring, raw
+from tests.serving.http.fixtures_http import ADMIN, ALL, fake_server, keyring, raw, wait_for
 
 LIMITS = Limits(body_bytes=4096, output_tokens=40, body_seconds=1.0)
 
@@ -285,10 +285,3 @@ class TestRefusals:
 # A gate that opens by itself, a step at a time.
 SLOWLY = types.SimpleNamespace(acquire=lambda: time.sleep(0.05))
 SMALL = EngineOptions(rows=2, length=64, pieces=(4, 8), queue=4, tenant_queue=4)
-
-
-def wait_for(condition, seconds=30.0):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.01)
