@@ -32,6 +32,7 @@ PREFIX = flags.DEFINE_string("prefix_cache", "0", "Bytes for prompts' beginnings
 SLOTS = flags.DEFINE_integer("slots", None, "Tenants on the device; default: all that fit.", 1)
 BANK_DTYPE = flags.DEFINE_string("bank_dtype", "float32", "float32 or bfloat16, of tenants.")
 ASSEMBLY = flags.DEFINE_string("assembly", "cached", "cached or inside; see docs/tenants.md.")
+CACHED = flags.DEFINE_integer("cached", None, "Tenants with assembled factors; default: rows.", 1)
 HOST_CACHE = flags.DEFINE_string("host_cache", "1GiB", "Bytes of tenants kept in host memory.")
 FACTOR_RANK = flags.DEFINE_integer("factor_rank", 0, "Rank left for LoRAs that come later.", 0)
 MEMORY = flags.DEFINE_string("memory", None, "Bytes to stay within; default: the device's.")
@@ -83,6 +84,7 @@ def main(_: Sequence[str]) -> None:
         bank=BankOptions(
             dtype=BANK_DTYPE.value,
             assembly=ASSEMBLY.value,
+            cached=CACHED.value or ROWS.value,
             host_bytes=parse_bytes(HOST_CACHE.value),
             factor_rank=FACTOR_RANK.value,
         ),

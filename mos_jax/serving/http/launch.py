@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import signal
 import stat
 import sys
 from collections.abc import Callable, Mapping
@@ -127,7 +128,7 @@ def plan(launch: Launch) -> tuple[MemoryPlan, dict[str, str]]:
 def serve(
     launch: Launch, environment: Mapping[str, str], say: Callable[[str], None] = print
 ) -> bool:
-    """Runs a server until it is told to end.
+    """Runs a server until it is told to end; in the main thread, which gets the signals.
 
     Args:
       launch: what to serve.
@@ -153,6 +154,8 @@ def serve(
         for note in notes:
             say(f"note: {note}")
         server = Server(service, service.engine, listening)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, server.handle_exit)
         say("compiling; until that is done, requests are answered 503")
         try:
             done = server.run_until_told(lambda: say(describe(service, server)))
