@@ -22,7 +22,7 @@ from jax.sharding import Mesh, PartitionSpec
 from mos_jax.models.sharding import ROWS, TENSOR, constrain, fit_spec
 
 # By default. Measured: see docs/fastest_step.md.
-LOGITS_MIB = 64.0
+LOGITS_MIB = 128.0
 # Chunks are whole multiples of this: what the matrix units of accelerators work in.
 _LANES = 128
 
@@ -84,6 +84,8 @@ def score_targets(
 ) -> tuple[jax.Array, jax.Array]:
     """Negative log likelihood and correctness of targets.
 
+    The weight is a constant, as all of the base is: it gets no gradient.
+
     Args:
       hidden: [N, d].
       targets: int32 [N].
@@ -95,7 +97,7 @@ def score_targets(
     Returns:
       fp32 [N], nats; and bool [N], whether the target has the largest logit, the first of several.
     """
-    weight = _own_part(weight, axis, mesh)
+    weight = jax.lax.stop_gradient(_own_part(weight, axis, mesh))
     if mesh is None:
         found = _score_chunks(hidden, targets, weight, jnp.int32(0), axis, limit)
     else:
@@ -110,6 +112,8 @@ def score_targets(
         def own(
             hidden: jax.Array, targets: jax.Array, weight: jax.Array, start: jax.Array
         ) -> Chunks:
+            if divided:
+                hidden = jax.lax.pcast(hidden, TENSOR, to="varying")
             return _score_chunks(hidden, targets, weight, start[0], axis, limit)
 
         found = jax.shard_map(
@@ -132,44 +136,116 @@ def _score_chunks(
     limit: float,
 ) -> Chunks:
     """What each chunk of `weight`, whose entry 0 is token `first`, knows of every token."""
-    vocabulary, dtype = weight.shape[axis], hidden.dtype
-    size = chunk_size(hidden.shape[0], vocabulary, limit)
+    size = chunk_size(hidden.shape[0], weight.shape[axis], limit)
     targets = targets - first
-
-    if size == vocabulary:
+    if size == weight.shape[axis]:
         found = _score(_product(hidden, weight, axis), targets)
-        return Chunks(*(array[None] for array in found))._replace(best=found.best[None] + first)
+        found = Chunks(*(array[None] for array in found))
+    else:
+        found = _in_chunks(axis, size, hidden, weight, targets)
+    return found._replace(best=found.best + first)
 
-    # In fp32 outside, so that the gradients of the chunks are summed in it.
-    hidden = hidden.astype(jnp.float32)
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _in_chunks(
+    axis: int, size: int, hidden: jax.Array, weight: jax.Array, targets: jax.Array
+) -> Chunks:
+    """`_score` chunk by chunk, each of `size` entries of the weight.
+
+    JAX's own gradient of this loop would keep four arrays of a chunk's size where two do.
+    """
 
     def of_chunk(start: jax.Array) -> Chunks:
-        # The last chunk reaches back over the one before and leaves out what it finds there.
-        begin = jnp.minimum(start, jnp.int32(vocabulary - size))
-        part = jax.lax.dynamic_slice_in_dim(weight, begin, size, axis)
-        logits = _product(hidden.astype(dtype), part, axis)
-        new = begin + jnp.arange(size, dtype=jnp.int32) >= start
-        logits = jnp.where(new[None, :], logits, -jnp.inf)
-        found = _score(logits, jnp.where(targets >= start, targets - begin, -1))
-        return found._replace(best=found.best + first + begin)
+        logits, there, begin = _chunk(axis, size, hidden, weight, targets, start)
+        found = _score(logits, there)
+        return found._replace(best=found.best + begin)
 
-    starts = jnp.arange(0, vocabulary, size, dtype=jnp.int32)
-    # A scan has no common parts to find, so none need be hidden from XLA.
-    return jax.lax.map(jax.checkpoint(of_chunk, prevent_cse=False), starts)
+    return jax.lax.map(of_chunk, _starts(weight.shape[axis], size))
+
+
+def _in_chunks_forward(
+    axis: int, size: int, hidden: jax.Array, weight: jax.Array, targets: jax.Array
+) -> tuple[Chunks, tuple[jax.Array, ...]]:
+    found = _in_chunks(axis, size, hidden, weight, targets)
+    return found, (hidden, weight, targets, found.total)
+
+
+def _in_chunks_backward(
+    axis: int, size: int, kept: tuple[jax.Array, ...], gradient: Chunks
+) -> tuple[jax.Array, None, None]:
+    hidden, weight, targets, totals = kept
+
+    def add_chunk(so_far: jax.Array, scanned: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        start, total, of_total, of_target = scanned
+        logits, there, _ = _chunk(axis, size, hidden, weight, targets, start)
+        part = jnp.exp(logits - total[:, None]) * of_total[:, None]
+        part = part + jnp.where(_is_target(there, size), of_target[:, None], jnp.float32(0))
+        numbers = (((1,), (axis,)), ((), ()))
+        rows = jax.lax.dot_general(
+            part.astype(hidden.dtype),
+            _slice(axis, size, weight, start)[0],
+            numbers,
+            preferred_element_type=jnp.float32,
+        )
+        return so_far + rows, None
+
+    # Chunks are summed in fp32. Zeros made of `hidden`, so that within `shard_map` they count as
+    # differing between devices, as the sum does.
+    nothing = jnp.where(jnp.zeros((), bool), hidden.astype(jnp.float32), jnp.float32(0))
+    starts = _starts(weight.shape[axis], size)
+    scanned = (starts, totals, gradient.total, gradient.target)
+    summed, _ = jax.lax.scan(add_chunk, nothing, scanned)
+    return summed.astype(hidden.dtype), None, None
+
+
+_in_chunks.defvjp(_in_chunks_forward, _in_chunks_backward)
+
+
+def _starts(vocabulary: int, size: int) -> jax.Array:
+    return jnp.arange(0, vocabulary, size, dtype=jnp.int32)
+
+
+def _slice(
+    axis: int, size: int, weight: jax.Array, start: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """A chunk of the weight and where it begins: the last one reaches back over the one before."""
+    begin = jnp.minimum(start, jnp.int32(weight.shape[axis] - size))
+    return jax.lax.dynamic_slice_in_dim(weight, begin, size, axis), begin
+
+
+def _chunk(
+    axis: int,
+    size: int,
+    hidden: jax.Array,
+    weight: jax.Array,
+    targets: jax.Array,
+    start: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Logits of a chunk, which of them are the targets (-1: none), and where the chunk begins.
+
+    Entries that the chunk before has are -inf, and no targets.
+    """
+    part, begin = _slice(axis, size, weight, start)
+    logits = _product(hidden, part, axis)
+    new = begin + jnp.arange(size, dtype=jnp.int32) >= start
+    there = jnp.where(targets >= start, targets - begin, jnp.int32(-1))
+    return jnp.where(new[None, :], logits, -jnp.inf), there, begin
 
 
 def _score(logits: jax.Array, targets: jax.Array) -> Chunks:
     """The numbers of one chunk, each [N]; targets that are not in it match none of its entries."""
-    index = jnp.arange(logits.shape[1], dtype=jnp.int32)
     # A sum of masked entries and not a gather, whose gradient would be an array of its own.
-    is_target = index[None, :] == targets[:, None]
-    zero = jnp.zeros((), jnp.float32)
+    is_target = _is_target(targets, logits.shape[1])
     return Chunks(
         jax.nn.logsumexp(logits, axis=1),
-        jnp.sum(jnp.where(is_target, logits, zero), axis=1),
+        jnp.sum(jnp.where(is_target, logits, jnp.float32(0)), axis=1),
         jax.lax.stop_gradient(jnp.max(logits, axis=1)),
         jnp.argmax(logits, axis=1).astype(jnp.int32),
     )
+
+
+def _is_target(targets: jax.Array, size: int) -> jax.Array:
+    return jnp.arange(size, dtype=jnp.int32)[None, :] == targets[:, None]
 
 
 def _own_part(weight: jax.Array, axis: int, mesh: Mesh | None) -> jax.Array:
