@@ -26,8 +26,18 @@ PYTHON = flags.DEFINE_string("python", None, "Python with libtpu. Default: that 
 
 MODELS = ("Llama-2-7b-hf", "Llama-2-13b-hf", "Llama-2-70b-hf")
 TOPOLOGIES = ("v5e:2x4", "v5e:8x8", "v5p:2x2x2", "v5e:16x16", "v5p:4x4x4", "v5e:1x1")
-# At e = 2 and r = 16, LoRA of the same active rank and LoRA of 8 times the budget are one.
-ADAPTERS = ("MoS e=2 r=16", "LoRA r=16")
+# By name, the method and its rank, and of MoS the equivalent rank.
+ADAPTERS = {
+    "MoS e=2 r=16": ("mos", 16, 2),
+    "LoRA r=16": ("lora", 16, 0),
+    "MoS e=8 r=32": ("mos", 32, 8),
+    "LoRA r=32": ("lora", 32, 0),
+    "LoRA r=64": ("lora", 64, 0),
+}
+REMARKS = (
+    "At e = 2 and r = 16, LoRA of the same active rank and LoRA of 8 times the budget, which the "
+    "paper says MoS matches, are one: rank 16. At e = 8 and r = 32 they are ranks 32 and 64.",
+)
 
 
 def cells() -> Iterator[Any]:
@@ -37,13 +47,20 @@ def cells() -> Iterator[Any]:
     from mos_jax.planning.study import Cell
     from mos_jax.training.config import RunConfig, default_config
 
-    for adapter, topology, model in itertools.product(ADAPTERS, TOPOLOGIES, MODELS):
+    first, second, *others = ADAPTERS
+    wanted = [*itertools.product((first, second), TOPOLOGIES, MODELS)]
+    wanted += [(name, TOPOLOGIES[0], MODELS[0]) for name in others]
+    for name, topology, model in wanted:
         config = settings.paper_config(model)
-        if adapter.startswith("LoRA"):
-            config.adapter = default_config("lora", rank=16).adapter
+        method, rank, equivalent = ADAPTERS[name]
+        if method == "lora":
+            config.adapter = default_config("lora").adapter
+        else:
+            config.adapter.equivalent_rank = equivalent
+        config.adapter.rank = rank
         run = RunConfig.from_mapping(config.to_dict())
         request, notes = make_request(run, find_slice(topology))
-        yield Cell(adapter, request, tuple(notes))
+        yield Cell(name, request, tuple(notes))
 
 
 def main(_: Sequence[str]) -> None:
@@ -64,6 +81,7 @@ def main(_: Sequence[str]) -> None:
         Path(OUT.value),
         Path(REPORT.value),
         "make plans",
+        REMARKS,
         KNOWN_ONLY.value,
         lambda words: Console().print(words, highlight=False),
     )

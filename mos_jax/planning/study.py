@@ -43,6 +43,7 @@ def run_study(
     out: Path,
     report: Path,
     command: str,
+    remarks: Sequence[str] = (),
     known_only: bool = False,
     told: Callable[[str], None] = lambda words: None,
 ) -> None:
@@ -54,10 +55,29 @@ def run_study(
       out: JSON file.
       report: Markdown file.
       command: what was called, for the page.
+      remarks: what else the page should say.
       known_only: whether cells that were not compiled before are left out.
       told: is called with a line for every cell.
     """
     found: dict[str, dict[str, Any]] = {}
+    common = {
+        "command": command,
+        "date": datetime.date.today().isoformat(),
+        "versions": compiler.versions,
+        "chips": SOURCE,
+        "assumptions": list(ASSUMPTIONS),
+        "assumed": sorted({note for cell in cells for note in cell.notes}),
+        "remarks": list(remarks),
+    }
+
+    def write(found: dict[str, dict[str, Any]]) -> None:
+        missing = [cell.name for cell in cells if cell.name not in found]
+        values = {**common, "cells": found, "missing": missing}
+        with fresh_file(out) as file:
+            file.write_text(json.dumps(values, indent=1) + "\n")
+        with fresh_file(report) as file:
+            file.write_text(page(values))
+
     for cell in cells:
         if known_only and not compiler.known(cell.request):
             told(f"{cell.name}: not compiled")
@@ -65,34 +85,8 @@ def run_study(
         plan = make_plan(cell.request, compiler)
         found[cell.name] = {"adapter_name": cell.adapter, **plan.to_dict()}
         told(f"{cell.name}: {plan.verdict()}")
-        _write(cells, found, compiler, out, report, command)
-    _write(cells, found, compiler, out, report, command)
-
-
-def _write(
-    cells: Sequence[Cell],
-    found: dict[str, dict[str, Any]],
-    compiler: Compiler,
-    out: Path,
-    report: Path,
-    command: str,
-) -> None:
-    missing = [cell.name for cell in cells if cell.name not in found]
-    notes = sorted({note for cell in cells for note in cell.notes})
-    values = {
-        "command": command,
-        "date": datetime.date.today().isoformat(),
-        "versions": compiler.versions,
-        "chips": SOURCE,
-        "assumptions": list(ASSUMPTIONS),
-        "assumed": notes,
-        "cells": found,
-        "missing": missing,
-    }
-    with fresh_file(out) as file:
-        file.write_text(json.dumps(values, indent=1) + "\n")
-    with fresh_file(report) as file:
-        file.write_text(page(values))
+        write(found)
+    write(found)
 
 
 def page(values: dict[str, Any]) -> str:
@@ -110,6 +104,7 @@ def page(values: dict[str, Any]) -> str:
         *(f"- Assumed: {note}." for note in values["assumed"]),
         "- Bytes are of one chip. The peak is what the compiler accepts or refuses a program for; "
         "a refused one has no program, so no work to count.",
+        *(f"- {remark}" for remark in values["remarks"]),
         f"- Time: {'; '.join(values['assumptions'])}; chip: {values['chips']}.",
         "",
         "| model | slice | data, fsdp, tensor | adapter | arguments | temporaries | peak GiB | of "
@@ -147,23 +142,18 @@ def _row(cell: dict[str, Any]) -> str:
 
 
 def _comparison(cells: Sequence[dict[str, Any]]) -> list[str]:
-    """MoS beside the other adapters of the same model, slice and mesh."""
-    lines: list[str] = []
-    for ours in cells:
-        if not ours["adapter_name"].startswith("MoS") or "seconds" not in ours:
-            continue
-        others = [
-            other
-            for other in cells
-            if other is not ours
-            and "seconds" in other
-            and all(other[key] == ours[key] for key in ("model", "topology", "mesh"))
-        ]
-        lines += [_compared(one) for one in (ours, *others)] if others else []
+    """The adapters beside each other, of every model and slice that has several."""
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for cell in cells:
+        if "seconds" in cell:
+            key = (cell["model"], cell["topology"], json.dumps(cell["mesh"]))
+            groups.setdefault(key, []).append(cell)
+    several = [group for group in groups.values() if len(group) > 1]
+    lines = [_compared(cell) for group in several for cell in group]
     if not lines:
         return []
     return [
-        "## MoS beside LoRA",
+        "## Beside each other",
         "",
         "Collectives of a step by kind: how many, and MiB that each chip receives.",
         "",
