@@ -52,7 +52,6 @@ class Program:
       code: bytes of the program itself, not in the peak; None if refused.
       refusal: the compiler's words; None if it fits.
       counts: what a step does; None if refused.
-      xla_flops: XLA's own count of operations, loops counted once; None if refused.
       versions: of the compiler.
     """
 
@@ -63,7 +62,6 @@ class Program:
     code: int | None
     refusal: str | None
     counts: Counts | None
-    xla_flops: float | None
     versions: dict[str, str]
 
     @property
@@ -207,7 +205,6 @@ class Compiler:
                 code=None,
                 refusal=found["refused"],
                 counts=None,
-                xla_flops=None,
             )
         packed = self.folder / "programs" / f"{name}.hlo.gz"
         text = gzip.decompress(packed.read_bytes()).decode()
@@ -220,7 +217,6 @@ class Compiler:
             code=memory["generated_code_size_in_bytes"],
             refusal=None,
             counts=count_program(read_program(text), devices(request)),
-            xla_flops=found["cost"].get("flops"),
         )
 
 

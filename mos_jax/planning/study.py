@@ -105,11 +105,12 @@ def page(values: dict[str, Any]) -> str:
         "- Bytes are of one chip. The peak is what the compiler accepts or refuses a program for; "
         "a refused one has no program, so no work to count.",
         *(f"- {remark}" for remark in values["remarks"]),
-        f"- Time: {'; '.join(values['assumptions'])}; chip: {values['chips']}.",
+        f'- Time: {"; ".join(values["assumptions"])}; chip: {values["chips"]}. "fusions" is the '
+        "compiler's own estimate, in cycles, of all but waiting for links.",
         "",
         "| model | slice | data, fsdp, tensor | adapter | arguments | temporaries | peak GiB | of "
-        "| verdict | TFLOPs | received MiB | ms | tokens/s |",
-        "|---|---|---|---|---:|---:|---:|---:|---|---:|---:|---:|---:|",
+        "| verdict | TFLOPs | received MiB | ms, least to most | fusions ms | tokens/s |",
+        "|---|---|---|---|---:|---:|---:|---:|---|---:|---:|---:|---:|---:|",
         *(_row(cell) for cell in cells.values()),
         "",
         *_comparison(list(cells.values())),
@@ -134,10 +135,11 @@ def _row(cell: dict[str, Any]) -> str:
             f"{cell['flops'] / 1e12:,.2f}",
             f"{received / 2**20:,.0f}",
             f"{seconds['least'] * 1e3:,.0f} to {seconds['most'] * 1e3:,.0f}",
+            "" if seconds["compiler"] is None else f"{seconds['compiler'] * 1e3:,.0f}",
             f"{speed['at_most_time']:,.0f} to {speed['at_least_time']:,.0f}",
         ]
     else:
-        parts += ["", "", "", ""]
+        parts += [""] * 5
     return f"| {' | '.join(parts)} |"
 
 

@@ -98,9 +98,8 @@ def compile_program(lowered: Any) -> tuple[dict[str, Any], str]:
     """What the compiler says of a lowered step, and the compiled program as text.
 
     Returns:
-      `seconds` of the compilation, and either `memory` (bytes on each chip, by name as in XLA's
-      CompiledMemoryStats) with `cost` (XLA's own count, the body of a loop once), or `refused`,
-      the compiler's message for a program that does not fit.
+      `seconds` of the compilation, and either `memory`, bytes on each chip by name as in XLA's
+      CompiledMemoryStats, or `refused`, the compiler's message for a program that does not fit.
     """
     import jax
 
@@ -115,8 +114,7 @@ def compile_program(lowered: Any) -> tuple[dict[str, Any], str]:
     seconds = time.perf_counter() - start
     stats = compiled.memory_analysis()
     memory = {name: getattr(stats, name) for name in dir(stats) if name.endswith("_in_bytes")}
-    cost = {k: v for k, v in compiled.cost_analysis().items() if k in ("flops", "bytes accessed")}
-    return {"seconds": seconds, "memory": memory, "cost": cost}, compiled.as_text()
+    return {"seconds": seconds, "memory": memory}, compiled.as_text()
 
 
 def main() -> None:

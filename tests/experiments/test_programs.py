@@ -194,6 +194,8 @@ def test_bad_input_is_one_line_and_status_2(program, flags, words):
         "sweep",
         "report",
         "lr_find",
+        "plan",
+        "plans",
     ],
 )
 def test_help_shows_a_command_to_copy_and_every_flag(program):

@@ -46,6 +46,5 @@ class RuleCompiler:
             code=1000 if fits else None,
             refusal=None if fits else "RESOURCE_EXHAUSTED",
             counts=counts if fits else None,
-            xla_flops=0.0 if fits else None,
             versions={},
         )
