@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mos_jax.adapters.adapter import Adapter
+from mos_jax.adapters.bits import from_bits
 from mos_jax.adapters.factor_slots import BankFactors, FactorSlots, positions
 from mos_jax.adapters.low_rank import LowRank
 from mos_jax.adapters.sites import Sites, SiteShape, check_sites
@@ -215,7 +216,7 @@ class AdapterBank:
         slot, factors = self._slot_of(name), {}
         for site, own in self._extent[name].items():
             f = self._store.factors[site]
-            a, b, scale = (np.asarray(array[:, slot]) for array in (f.a, f.b, f.scale))
+            a, b, scale = (from_bits(np.asarray(x[:, slot])) for x in (f.a, f.b, f.scale))
             rows = positions(self.sites[site], own.layers)
             factors[site] = dataclasses.replace(
                 own,

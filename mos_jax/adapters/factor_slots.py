@@ -19,6 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from mos_jax.adapters.adapter import local_layer, require_integer
+from mos_jax.adapters.bits import as_bits, dtype_at_rest, from_bits
 from mos_jax.adapters.low_rank import LowRank
 from mos_jax.adapters.sites import Sites, SiteShape, check_sites
 from mos_jax.adapters.strictness import strict
@@ -36,7 +37,8 @@ class BankFactors:
     the same number of rows then runs the same program.
 
     Attributes:
-      bank: by site type, a [L, K, r, h], b [L, K, r, o], scale fp32 [L, K].
+      bank: by site type, a [L, K, r, h], b [L, K, r, o], scale fp32 [L, K]; bfloat16 as its bits,
+        see `bits.py`.
       slots: int32 [B], the slot of each row; or [], one slot for all rows.
     """
 
@@ -50,12 +52,13 @@ class BankFactors:
         for name, f in self.bank.items():
             site = SiteShape(f.a.shape[0], f.a.shape[-1], f.b.shape[-1], f.layers)
             index, adapted = local_layer(site, layer)
-            # One gather from the whole bank: no block of it is copied first.
-            pick = lambda array, index=index: array.at[index, self.slots].get(  # noqa: E731
-                mode="promise_in_bounds"
-            )
-            chosen[name] = LowRank(pick(f.a), pick(f.b), adapted * pick(f.scale))
+            a, b, scale = (self._pick(array, index) for array in (f.a, f.b, f.scale))
+            chosen[name] = LowRank(a, b, adapted * scale)
         return chosen
+
+    def _pick(self, array: jax.Array, index: jax.Array) -> jax.Array:
+        # One gather from the whole bank: no block of it is copied first.
+        return from_bits(array.at[index, self.slots].get(mode="promise_in_bounds"))
 
 
 class FactorSlots:
@@ -66,7 +69,8 @@ class FactorSlots:
       slots: how many adapters it holds.
       rank: by site type, the largest rank that fits.
       dtype: "float32" or "bfloat16", of the factors at rest; scales are fp32.
-      factors: by site type, a [L, K, r, h], b [L, K, r, o], scale fp32 [L, K].
+      factors: by site type, a [L, K, r, h], b [L, K, r, o], scale fp32 [L, K]; bfloat16 as its
+        bits, see `bits.py`.
     """
 
     def __init__(
@@ -90,10 +94,11 @@ class FactorSlots:
             require_integer("bank", f"rank of {name!r}", value, 1)
         self.slots, self.dtype = slots, dtype
         self.rank = {name: ranks[name] for name in self.sites}
+        held = dtype_at_rest(DTYPES[dtype])
         self.factors = {
             name: LowRank(
-                jnp.zeros((site.num_layers, slots + 1, self.rank[name], site.d_in), dtype),
-                jnp.zeros((site.num_layers, slots + 1, self.rank[name], site.d_out), dtype),
+                jnp.zeros((site.num_layers, slots + 1, self.rank[name], site.d_in), held),
+                jnp.zeros((site.num_layers, slots + 1, self.rank[name], site.d_out), held),
                 jnp.zeros((site.num_layers, slots + 1), jnp.float32),
                 site.layers,
             )
@@ -114,7 +119,7 @@ class FactorSlots:
         self.factors = write_slot(self.factors, jax.device_put(np.int32(slot)), entry)
 
     def padded(self, name: str, factors: Mapping[str, LowRank]) -> dict[str, LowRank]:
-        """One slot's arrays on the host: a [L, r, h], b [L, r, o], scale [L] at every site.
+        """One slot's arrays on the host, as at rest: a [L, r, h], b [L, r, o], scale [L] by site.
 
         Padding is NumPy's work, so that nothing is compiled for a new rank.
 
@@ -145,8 +150,16 @@ class FactorSlots:
                 a[rows, : f.rank], b[rows, : f.rank], scale[rows] = f.a, f.b, f.scale
                 if not all(np.isfinite(array).all() for array in (a, b, scale)):
                     raise InputError(f"{own} holds values that are not finite in {self.dtype}")
+            a, b = as_bits(a), as_bits(b)
             entry[site_name] = LowRank(a, b, scale, site.layers)  # type: ignore[arg-type]
         return entry
+
+
+def set_slot(
+    whole: dict[str, LowRank], slot: jax.Array, entry: dict[str, LowRank]
+) -> dict[str, LowRank]:
+    """Slots [L, K, ...] with `entry` [L, ...] in one of them."""
+    return jax.tree.map(lambda x, new: x.at[:, slot].set(new), whole, entry)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -154,7 +167,7 @@ def write_slot(
     bank: dict[str, LowRank], slot: jax.Array, entry: dict[str, LowRank]
 ) -> dict[str, LowRank]:
     """The bank with `entry` in `slot`, in the bank's own memory."""
-    return jax.tree.map(lambda whole, new: whole.at[:, slot].set(new), bank, entry)
+    return set_slot(bank, slot, entry)
 
 
 def check_dtype(dtype: str) -> None:

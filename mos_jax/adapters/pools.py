@@ -16,6 +16,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from mos_jax.adapters.bits import from_bits
 from mos_jax.adapters.patterns import differ
 from mos_jax.adapters.sites import Sites
 from mos_jax.adapters.strictness import strict
@@ -191,7 +192,7 @@ def assemble(pool: jax.Array, table: jax.Array) -> jax.Array:
     """Puts rank vectors together from shards (the paper's equation for A^k and B^k).
 
     Args:
-      pool: fp32 or bf16 [S, w], S shards of width w; those of a server may be bf16.
+      pool: fp32 [S, w], S shards of width w; of a server also bf16 as its bits, see `bits.py`.
       table: int32 [..., r, l], which shard stands at which position; any leading axes, so that
         all blocks at once and one block are the same function.
 
@@ -199,6 +200,6 @@ def assemble(pool: jax.Array, table: jax.Array) -> jax.Array:
       fp32 [..., r, l * w].
     """
     # The indices were checked when the table was drawn or loaded.
-    shards = pool.at[table].get(mode="promise_in_bounds")
+    shards = from_bits(pool.at[table].get(mode="promise_in_bounds"))
     whole = shards.reshape(*table.shape[:-1], table.shape[-1] * pool.shape[-1])
     return whole.astype(jnp.float32)

@@ -20,6 +20,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from mos_jax.adapters.adapter import Frozen
+from mos_jax.adapters.bits import dtype_at_rest
 from mos_jax.adapters.sites import SiteShape
 from mos_jax.adapters.strictness import strict
 from mos_jax.errors import InputError, suggest
@@ -266,7 +267,8 @@ class Decoder(nnx.Module):
         """A key-value cache of `slots` positions for `batch` rows, in the base's dtype."""
         c = self.config
         shape = (c.num_layers, batch, c.num_kv_heads, slots, c.head_dim)
-        return Cache(jnp.zeros(shape, self.embed.dtype), jnp.zeros(shape, self.embed.dtype))
+        dtype = dtype_at_rest(self.embed.dtype)
+        return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
     @strict
     def extend(

@@ -15,19 +15,25 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from mos_jax.adapters.bits import as_bits, from_bits
+
 # Slots read at a time. Fewer would be more steps of a loop, more would be more slots in vain.
 BLOCK = 128
 _MASKED = -1e30
 
 # Largest score, sum of weights, and weighted sum of values so far: fp32 [B, K, G S, 1], the same,
 # and fp32 [B, K, G S, c].
+Index = tuple[jax.Array, ...]
 _Softmax = tuple[jax.Array, jax.Array, jax.Array]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """Keys and values of the tokens seen so far: both [L, B, K, T, c]; slot = position."""
+    """Keys and values of the tokens seen so far: both [L, B, K, T, c]; slot = position.
+
+    Those of a base in bfloat16 lie as their bits, see `bits.py`.
+    """
 
     k: jax.Array
     v: jax.Array
@@ -52,8 +58,7 @@ class Cache:
             zero = jnp.int32(0)
             at = (zero, row, zero, start[0], zero)
             return Cache(
-                jax.lax.dynamic_update_slice(self.k, k.swapaxes(2, 3), at),
-                jax.lax.dynamic_update_slice(self.v, v.swapaxes(2, 3), at),
+                put_part(self.k, k.swapaxes(2, 3), at), put_part(self.v, v.swapaxes(2, 3), at)
             )
         batch, length = k.shape[1:3]
         rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
@@ -61,9 +66,20 @@ class Cache:
 
         def put(whole: jax.Array, new: jax.Array) -> jax.Array:
             new = new.transpose(1, 2, 0, 3, 4)  # the indexed axes come first
-            return whole.at[:, rows, :, slots].set(new, mode="drop", unique_indices=True)
+            at = whole.at[:, rows, :, slots]
+            return at.set(as_bits(new), mode="drop", unique_indices=True)
 
         return Cache(put(self.k, k), put(self.v, v))
+
+
+def take_part(whole: jax.Array, at: Index, shape: tuple[int, ...]) -> jax.Array:
+    """A part of a cache's array that begins at `at`."""
+    return from_bits(jax.lax.dynamic_slice(whole, at, shape))
+
+
+def put_part(whole: jax.Array, part: jax.Array, at: Index) -> jax.Array:
+    """A cache's array with a part overwritten that begins at `at`."""
+    return jax.lax.dynamic_update_slice(whole, as_bits(part), at)
 
 
 def attend_cached(
@@ -137,8 +153,7 @@ def attend_cached(
         near = positions[:, :, None] - slot[None, None, :] < reach
         zero = jnp.int32(0)
         at, shape = (layer, row, zero, first, zero), (1, batch, shared, size, width)
-        k = jax.lax.dynamic_slice(cache_k, at, shape)[0]
-        v = jax.lax.dynamic_slice(cache_v, at, shape)[0]
+        k, v = take_part(cache_k, at, shape)[0], take_part(cache_v, at, shape)[0]
         # What another request left in these slots may not even be finite, and 0 x NaN is NaN.
         v = jnp.where(held[:, None, :, None], v, jnp.zeros((), v.dtype))
         return weigh(k, v, held[:, None, :] & near, before)

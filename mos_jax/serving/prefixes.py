@@ -21,7 +21,7 @@ import numpy as np
 
 from mos_jax.errors import InputError
 from mos_jax.models.decoder import Decoder
-from mos_jax.models.kv_cache import Cache
+from mos_jax.models.kv_cache import Cache, put_part, take_part
 
 
 @dataclasses.dataclass(eq=False)
@@ -187,8 +187,8 @@ def _keep(store: Cache, cache: Cache, at: jax.Array) -> Cache:
 
     def copy(whole: jax.Array, rows: jax.Array) -> jax.Array:
         shape = (whole.shape[0], 1, *whole.shape[2:])
-        piece = jax.lax.dynamic_slice(rows, (zero, at[0], zero, at[1], zero), shape)
-        return jax.lax.dynamic_update_slice(whole, piece, (zero, at[2], zero, zero, zero))
+        piece = take_part(rows, (zero, at[0], zero, at[1], zero), shape)
+        return put_part(whole, piece, (zero, at[2], zero, zero, zero))
 
     return jax.tree.map(copy, store, cache)
 
@@ -198,7 +198,8 @@ def _restore(cache: Cache, store: Cache, at: jax.Array) -> Cache:
     zero = jnp.int32(0)
 
     def copy(rows: jax.Array, whole: jax.Array) -> jax.Array:
-        piece = jax.lax.dynamic_slice_in_dim(whole, at[2], 1, axis=1)
-        return jax.lax.dynamic_update_slice(rows, piece, (zero, at[0], zero, at[1], zero))
+        shape = (whole.shape[0], 1, *whole.shape[2:])
+        piece = take_part(whole, (zero, at[2], zero, zero, zero), shape)
+        return put_part(rows, piece, (zero, at[0], zero, at[1], zero))
 
     return jax.tree.map(copy, cache, store)

@@ -22,7 +22,14 @@ import numpy as np
 from flax import nnx
 
 from mos_jax.adapters.adapter import Frozen
-from mos_jax.adapters.factor_slots import DTYPES, FactorSlots, check_dtype, positions
+from mos_jax.adapters.bits import as_bits, dtype_at_rest, from_bits
+from mos_jax.adapters.factor_slots import (
+    DTYPES,
+    FactorSlots,
+    check_dtype,
+    positions,
+    set_slot,
+)
 from mos_jax.adapters.low_rank import LowRank
 from mos_jax.adapters.mos import MoS
 from mos_jax.adapters.pools import SIDES
@@ -43,7 +50,8 @@ class PoolRows:
     """Rows of a batch that are assembled inside the scan, straight from the slab.
 
     Attributes:
-      params: trained arrays of all slots, each [K, ...] by the path of the adapter's array.
+      params: trained arrays of all slots, each [K, ...] by the path of the adapter's array;
+        bfloat16 as its bits, see `bits.py`.
       frozen: what all tenants share, by path: the routing tables.
       slots: int32 [B], the slot of each row.
       graphdef: of the adapter. Static.
@@ -153,7 +161,7 @@ class PoolSlab:
         params, frozen = {}, {}
         for path, variable in arrays.items():
             if isinstance(variable, nnx.Param):
-                own = dtype if path[0] in POOLS else "float32"
+                own = dtype_at_rest(DTYPES[dtype]) if path[0] in POOLS else np.float32
                 params[path] = jnp.zeros((slots + 1, *variable.get_value().shape), own)
             else:
                 frozen[path] = variable[...]
@@ -211,8 +219,9 @@ class PoolSlab:
                 if not np.array_equal(have, np.asarray(array)):
                     raise InputError(f"array {name!r} differs from that of the other tenants")
                 continue
-            entry[path] = have.astype(array.dtype)
-            if not np.isfinite(entry[path]).all():
+            values = have.astype(DTYPES[self.dtype] if path[0] in POOLS else np.float32)
+            entry[path] = as_bits(values)
+            if not np.isfinite(values).all():
                 raise InputError(f"array {name!r} holds values that are not finite in {self.dtype}")
         if left:
             raise InputError(f"the arrays are not those of this adapter: extra {sorted(left)}")
@@ -321,11 +330,10 @@ def _take(
         factors = source.whole(slot)
     else:
         factors = {
-            name: LowRank(f.a[:, slot], f.b[:, slot], f.scale[:, slot], f.layers)
-            for name, f in source.items()
+            name: jax.tree.map(lambda x: from_bits(x[:, slot]), f) for name, f in source.items()
         }
     entry = _placed(factors, sites, ranks, dtype)
-    return jax.tree.map(lambda whole, new: whole.at[:, at].set(new), store, entry)
+    return set_slot(store, at, entry)
 
 
 def _placed(
@@ -346,7 +354,7 @@ def _placed(
             a = a.at[at, : f.rank].set(f.a.astype(a.dtype))
             b = b.at[at, : f.rank].set(f.b.astype(b.dtype))
             scale = scale.at[at].set(f.scale)
-        entry[name] = LowRank(a, b, scale, site.layers)
+        entry[name] = LowRank(as_bits(a), as_bits(b), scale, site.layers)
     return entry
 
 
