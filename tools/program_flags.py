@@ -13,7 +13,7 @@ def programs() -> list[Path]:
     return sorted((ROOT / "experiments").glob("*.py"))
 
 
-def flags_of(tree: ast.Module) -> list[tuple[str, str, str]]:
+def flags_of(tree: ast.AST) -> list[tuple[str, str, str]]:
     """Name, default and help of every flag that a program defines."""
     found = []
     for node in ast.walk(tree):
@@ -21,10 +21,18 @@ def flags_of(tree: ast.Module) -> list[tuple[str, str, str]]:
             continue
         if node.func.attr == "define_config":
             found.append(("config", ast.unparse(node.args[0]), "File of the configuration."))
+        elif node.func.attr == "define_hosts":
+            found += flags_of(_app_function("define_hosts"))
         elif node.func.attr.startswith("DEFINE_"):
             name, default, *rest = [_value(argument) for argument in node.args]
             found.append((name, default, rest[-1] if rest else ""))
     return found
+
+
+def _app_function(name: str) -> ast.FunctionDef:
+    """The function of mos_jax/app.py that defines flags for several programs."""
+    tree = ast.parse((ROOT / "mos_jax" / "app.py").read_text(encoding="utf-8"))
+    return next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == name)
 
 
 def _value(node: ast.expr) -> str:

@@ -38,6 +38,21 @@ def test_a_step_is_a_pure_function() -> None:
     assert not equal(one[0], one[1])
 
 
+def test_rows_made_apart_are_the_rows_of_the_whole_batch() -> None:
+    whole = BatchSource(examples(), LAYOUT, 0, accumulation=2)
+    parts = [
+        BatchSource(examples(), LAYOUT, 0, accumulation=2, rows=rows) for rows in ([1], [0, 2])
+    ]
+    assert LAYOUT.rows == 3
+    for step in range(30):
+        for array, one, two in zip(whole[step], *(part[step] for part in parts), strict=True):
+            np.testing.assert_array_equal(array[:, [1]], one)
+            np.testing.assert_array_equal(array[:, [0, 2]], two)
+        tokens = int((whole[step].segments != 0).sum())
+        assert [s.count_tokens(step) for s in (whole, *parts)] == [tokens] * 3
+    assert {part.fingerprint for part in parts} == {whole.fingerprint}
+
+
 def test_threads_see_the_same_batches() -> None:
     shared = source()
     with ThreadPoolExecutor(8) as pool:
