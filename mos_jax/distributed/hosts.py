@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import os
 import re
+import signal
 import socket
 import sys
 import threading
@@ -135,6 +136,8 @@ def joined(meeting: Meeting, silence: float, patience: float) -> Iterator[None]:
         watch.end(str(error), 2)
     except RunEnded as error:
         watch.end(str(error), error.status)
+    except KeyboardInterrupt:
+        watch.end("interrupted", 128 + signal.SIGINT)
     except BaseException as error:
         if isinstance(error, jax.errors.JaxRuntimeError):
             if not str(error).startswith(_OWN_ERRORS):

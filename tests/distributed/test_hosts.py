@@ -1,5 +1,6 @@
 """Runs of two processes with two devices each, which meet on this machine."""
 
+import contextlib
 import json
 import os
 import re
@@ -30,7 +31,9 @@ ENVIRONMENT = {
     # Programs so small take longest to compile.
     "XLA_FLAGS": "--xla_backend_optimization_level=0",
 }
-PATIENCE = 250
+# Generous: a machine may be busy with other things, and nothing here depends on time.
+PATIENCE = 850
+pytestmark = pytest.mark.timeout(900)
 # Adapter and optimiser divided between the processes, too: their parts are saved by both.
 MESH = ("--config.mesh.fsdp=-1", "--config.mesh.tensor=2", "--config.mesh.shard_above_mib=0.0")
 
@@ -69,6 +72,7 @@ def start(*words, **environment):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
 
 
@@ -78,7 +82,8 @@ def wait(*processes):
         ended = [process.communicate(timeout=PATIENCE) for process in processes]
     finally:
         for process in processes:
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # with the tasks of a script
     return [(p.returncode, *texts) for p, texts in zip(processes, ended, strict=True)]
 
 
