@@ -134,7 +134,7 @@ class Compiler:
 
     def known(self, request: Request) -> bool:
         """Whether `request` was compiled before."""
-        return self._note(request).is_file()
+        return self._noted(self._note(request)) is not None
 
     def program(self, request: Request) -> Program:
         """The compiled step of `request`.
@@ -144,13 +144,20 @@ class Compiler:
           RuntimeError: if the compiler fails otherwise.
         """
         note = self._note(request)
-        if not note.is_file():
+        name = self._noted(note)
+        if name is None:
             name = self._compile(request)
             with fresh_file(note) as file:
                 file.write_text(json.dumps({"program": name, "request": request.to_dict()}))
             self.compiled += 1
-        name = json.loads(note.read_text())["program"]
         return self._load(name, request)
+
+    def _noted(self, note: Path) -> str | None:
+        """The program of a note; None where there is no note, or the program was deleted."""
+        if not note.is_file():
+            return None
+        name = json.loads(note.read_text())["program"]
+        return name if (self.folder / "programs" / f"{name}.json").is_file() else None
 
     def _note(self, request: Request) -> Path:
         key = json.dumps([request.digest(), self.versions, _code_digest()], sort_keys=True)

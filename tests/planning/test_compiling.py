@@ -71,6 +71,11 @@ def test_a_request_is_compiled_once(stand_in, tmp_path):
     assert (calls(stand_in), compiler.compiled, again.compiled) == (1, 1, 0)
     again.program(tiny_request(rows=8))
     assert calls(stand_in) == 2
+    # What someone deleted is compiled again.
+    (tmp_path / "cache" / "programs" / "abc.json").unlink()
+    assert not again.known(request)
+    assert again.program(request) == first
+    assert calls(stand_in) == 3
 
 
 def test_another_compiler_compiles_anew(stand_in, tmp_path):
