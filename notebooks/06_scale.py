@@ -37,6 +37,7 @@ import importlib
 os.environ.update(JAX_PLATFORMS="cpu", JAX_NUM_CPU_DEVICES="8")  # before JAX is imported
 
 import jax
+from IPython.display import Markdown
 
 from configs import smoke
 from mos_jax.reporting.notebook import text_console
@@ -78,3 +79,25 @@ for name, sizes in {"one": {}, "eight": {"data": 2, "fsdp": 2, "tensor": 2}}.ite
     losses[name] = train(run, f"{WORKDIR}/{name}", console)["test"]["adapter"]["loss"]
 print(losses)
 assert abs(losses["one"] - losses["eight"]) < 1e-4
+
+# %% [markdown]
+# ## A pod that is not here
+#
+# The planner gives the training step itself to the TPU compiler, from shapes alone, and says what a
+# chip would hold, send and compute, and whether it fits. `make planner` installs the compiler, once;
+# then
+#
+#     python experiments/plan.py --config=configs/paper/llama2_7b.py --topology=v5e:4x4
+#
+# takes some minutes. This is the table that `make plans` has made so far; no chip has run it.
+
+# %%
+plans = Path("results/plans.md").read_text(encoding="utf-8")
+tables = [part for part in plans.split("\n\n") if part.startswith("| model |")]
+Markdown(tables[0])
+
+# %% [markdown]
+# MoS beside LoRA: bytes of a chip, and what it receives from others in a step.
+
+# %%
+Markdown(tables[1])
