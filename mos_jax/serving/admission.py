@@ -19,9 +19,6 @@ most. With at least as many slots as rows and tenants asked for ahead, no tenant
 
 from __future__ import annotations
 
-import collections
-
-from mos_jax.adapters.bank import BASE_NAME
 from mos_jax.errors import InputError
 from mos_jax.serving.fair_queue import FairQueue
 from mos_jax.serving.jobs import Job
@@ -40,12 +37,13 @@ class Admission:
         """Asks for the next `ahead` tenants; see above for `patience`."""
         self.queue: FairQueue[Job] = FairQueue()
         self._bank, self._ahead, self._patience = bank, ahead, patience
-        # Uses by tenant, the one that has been in use longest first.
+        # Uses by tenant, the one that has been in use longest first, and its slab.
         self._uses: dict[str, int] = {}
+        self._slab: dict[str, str] = {}
         # Tenants without a slot to be had, when the bank was asked last, and their slabs.
         self._blocked: dict[str, str] = {}
-        # How many of their slab were admitted ahead of them since.
-        self._passed: dict[str, int] = {}
+        # How many of their slab were admitted ahead of them since, by slab and tenant.
+        self._passed: dict[str, dict[str, int]] = {}
 
     @property
     def stuck(self) -> bool:
@@ -64,8 +62,8 @@ class Admission:
     def remove(self, job: Job) -> None:
         """Takes one out, if it still waits; its use remains."""
         if self.queue.remove(job.tenant, job) and job.tenant not in self.queue:
-            self._passed.pop(job.tenant, None)
             self._blocked.pop(job.tenant, None)
+            self._not_waiting(job)
 
     def release(self, job: Job) -> None:
         """Ends the use of a job, if it has one."""
@@ -74,69 +72,71 @@ class Admission:
             use.release()
             self._uses[job.tenant] -= 1
             if not self._uses[job.tenant]:
-                del self._uses[job.tenant]
+                del self._uses[job.tenant], self._slab[job.tenant]
 
     def ask(self) -> list[tuple[Job, InputError]]:
         """Asks the bank for tenants whose turn comes soon; those that have no hope, and why."""
         failed: list[tuple[Job, InputError]] = []
         giving_way, full, asked = self._giving_way(), set(), 0
-        self._blocked = {}
+        blocked = self._blocked = {}
+        # Very many may wait for a slot, so that what is done for each of them is little.
         for tenant, job in self.queue.heads():
             if asked == self._ahead:
                 break
-            try:
-                if tenant == BASE_NAME or (job.use is not None and job.use.error is None):
-                    asked += 1
-                    continue
-                if job.use is not None and job.use.error is not None:
-                    raise job.use.error
-                slab = self._bank.slab_of(tenant)
-                if tenant in giving_way or (slab in full and tenant not in self._uses):
-                    self._blocked[tenant] = slab
-                    continue
-                job.use = self._bank.request(tenant)
-            except SlotsTaken:
-                full.add(slab)
-                self._blocked[tenant] = slab
-            except InputError as error:
-                failed.append((job, error))
-            else:
+            use, slab = job.use, job.slab
+            if slab is None or use is not None:
+                if use is not None and use.error is not None:
+                    failed.append((job, use.error))
                 asked += 1
-                self._uses[tenant] = self._uses.get(tenant, 0) + 1
-                self._passed.pop(tenant, None)
+            elif tenant in giving_way or (slab in full and tenant not in self._uses):
+                blocked[tenant] = slab
+            else:
+                try:
+                    job.use = self._bank.request(tenant)
+                except SlotsTaken:
+                    full.add(slab)
+                    blocked[tenant] = slab
+                except InputError as error:
+                    failed.append((job, error))
+                else:
+                    asked += 1
+                    self._uses[tenant] = self._uses.get(tenant, 0) + 1
+                    self._slab[tenant] = slab
+                    self._not_waiting(job)
         return failed
 
     def next(self) -> Job | None:
         """Takes out the one whose turn it is: the first whose tenant is ready. None if none is."""
         ahead: list[str] = []
         for tenant, job in self.queue.heads():
-            if tenant == BASE_NAME or (job.use is not None and job.use.ready):
-                slab = None if tenant == BASE_NAME else self._bank.slab_of(tenant)
-                for other in ahead:
-                    if self._blocked[other] == slab:
-                        self._passed[other] = self._passed.get(other, 0) + 1
+            if job.slab is None or (job.use is not None and job.use.ready):
+                if job.slab is not None:
+                    passed = self._passed.setdefault(job.slab, {})
+                    for other in ahead:
+                        if self._blocked[other] == job.slab:
+                            passed[other] = passed.get(other, 0) + 1
                 return self.queue.take(tenant)
             if tenant in self._blocked:
                 ahead.append(tenant)
         return None
 
+    def _not_waiting(self, job: Job) -> None:
+        if job.slab is not None and job.slab in self._passed:
+            self._passed[job.slab].pop(job.tenant, None)
+
     def _giving_way(self) -> set[str]:
         """Tenants in use that get no more turns: those in use longest, as many as lost patience."""
-        missing: collections.Counter[str | None] = collections.Counter(
-            self._slab_of(tenant)
-            for tenant, passed in self._passed.items()
-            if passed >= self._patience and tenant not in self._uses
-        )
+        missing = {
+            slab: sum(
+                count >= self._patience and tenant not in self._uses
+                for tenant, count in passed.items()
+            )
+            for slab, passed in self._passed.items()
+        }
         chosen = set()
-        for tenant in self._uses if missing else ():
-            slab = self._slab_of(tenant)
-            if missing[slab]:
+        for tenant in self._uses if any(missing.values()) else ():
+            slab = self._slab[tenant]
+            if missing.get(slab):
                 missing[slab] -= 1
                 chosen.add(tenant)
         return chosen
-
-    def _slab_of(self, tenant: str) -> str | None:
-        try:
-            return self._bank.slab_of(tenant)
-        except InputError:  # somebody has removed it from the bank meanwhile; `ask` will find it
-            return None

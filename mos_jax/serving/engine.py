@@ -273,6 +273,7 @@ class Engine:
         tenant = request.tenant
         if not isinstance(tenant, str) or (tenant != BASE_NAME and tenant not in self.bank):
             raise Refused("unknown_tenant", f"no tenant {tenant!r}")
+        slab = None if tenant == BASE_NAME else self.bank.slab_of(tenant)
         if not len(request.prompt):
             raise InputError("the prompt is empty; give at least one token")
         room = self.room(len(request.prompt))
@@ -300,6 +301,7 @@ class Engine:
             seed=seed,
             sampling=dataclasses.replace(sampling, seed=seed),
             listener=listener,
+            slab=slab,
             limit=min(sampling.max_tokens, room),
             text=AnswerText(self.tokenizer, sampling.stop, prompt),
             accepted=now,

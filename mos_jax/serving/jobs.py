@@ -21,6 +21,7 @@ class Job:
       seed: of its sampling noise, given or drawn.
       sampling: of the request, with this seed.
       listener: who is told.
+      slab: of its tenant, whose slots it shares; None for the base.
       limit: tokens it can get at most: `max_tokens`, or fewer where the row ends.
       text: of its answer.
       accepted: when it was accepted, in seconds of the monotonic clock.
@@ -43,6 +44,7 @@ class Job:
     seed: int
     sampling: TokenSampling
     listener: Listener
+    slab: str | None
     limit: int
     text: AnswerText
     accepted: float

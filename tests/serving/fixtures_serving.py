@@ -54,7 +54,7 @@ class Heard:
 
     def end(self):
         """Waits for the end; returns the one `Done`, which must be the last event."""
-        assert self.done.wait(60)
+        assert self.done.wait(200)
         *pieces, done = self.events
         assert all(isinstance(piece, Piece) for piece in pieces)
         return done

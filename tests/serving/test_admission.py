@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mos_jax import InputError, Request
+from mos_jax import InputError
 from mos_jax.adapters.bank import BASE_NAME
 from mos_jax.serving.admission import Admission
 from mos_jax.serving.slots import Slots
@@ -28,7 +28,7 @@ class FakeBank:
         return name[0]
 
     def request(self, name):
-        slots = self.slots[name[0]]
+        slots = self.slots[self.slab_of(name)]
         slots.pin(name)
         use = Use(
             lambda name: slots.place_of(name) is not None, lambda use: slots.unpin(name), name
@@ -60,7 +60,8 @@ class Server:
         self.running, self.admitted, self.failed = [], [], []
 
     def add(self, tenant, ticks):
-        job = types.SimpleNamespace(tenant=tenant, ticks=ticks, use=None, request=Request)
+        slab = None if tenant == BASE_NAME else self.bank.slab_of(tenant)
+        job = types.SimpleNamespace(tenant=tenant, ticks=ticks, use=None, slab=slab)
         self.admission.add(job)
         return job
 
@@ -169,7 +170,7 @@ class TestWithFewSlots:
             server.tick()
             if one in server.admitted:
                 break
-            if lost is None and admission._passed.get("a one", 0) >= rows:
+            if lost is None and admission._passed.get("a", {}).get("a one", 0) >= rows:
                 lost = admission._giving_way()
             elif lost is not None and one.use is None:
                 after.update(job.tenant for job in server.admitted[start:])

@@ -80,9 +80,10 @@ class TestRefusals:
         ("request_", "code", "words"),
         [
             (ask("nobody"), "unknown_tenant", "no tenant 'nobody'"),
+            (ask(["a"]), "unknown_tenant", r"no tenant \['a'\]"),
             (ask(prompt="x" * 64), "too_long", "prompt of 64 tokens .* at most 64"),
         ],
-        ids=["unknown", "long"],
+        ids=["unknown", "list", "long"],
     )
     def test_with_a_code(self, engine, request_, code, words):
         with pytest.raises(Refused, match=words) as refused:

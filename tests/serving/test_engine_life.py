@@ -56,7 +56,7 @@ def submit(engine, *args, **sampling):
 
 
 def wait_until(condition):
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 200
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)
@@ -205,6 +205,8 @@ class TestBroken:
     @pytest.mark.parametrize("where", ["prefill", "decode", "fetch", "free"])
     def test_a_runner_that_breaks_ends_everything_and_says_so(self, engine, runner, where):
         runner.fails[where] = RuntimeError("the device is gone")
+        if where != "free":
+            runner.hooks["free"] = lambda: 1 / 0
         with engine._wake:  # the work begins when all are there
             heard = [submit(engine, name, max_tokens=5)[0] for name in ("a", "b", "a", BASE_NAME)]
         for each in heard:
@@ -402,4 +404,4 @@ def test_many_threads_and_all_kinds_of_ends(engine, runner, folder):
     assert summary["rows"] == {"all": 2, "prefill": 0, "decode": 0}
     assert not engine._scheduler._of_tenant
     assert not engine._scheduler._admission._uses
-    assert not engine._scheduler._admission._passed
+    assert not any(engine._scheduler._admission._passed.values())
