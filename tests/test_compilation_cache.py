@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from mos_jax.compilation_cache import default_folder, keep_compiled
+from tests.experiments.fixtures_programs import call
 
 ROOT = Path(__file__).parents[1]
 # Prints the folder, how many programs were compiled, and how many of them were found.
@@ -142,3 +143,20 @@ def test_opening_tensorboard_does_not_import_torch(tmp_path):
     )
     start = [sys.executable, "-c", program]
     subprocess.run(start, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
+
+
+def test_the_second_start_of_a_run_finds_every_program_of_the_first(tmp_path):
+    """By what is kept: a program that came out otherwise would be one file more."""
+    kept = []
+    for workdir in ("first", "second"):
+        call(
+            "train",
+            "--config=configs/smoke.py",
+            f"--workdir={tmp_path / workdir}",
+            f"--compilation_cache={tmp_path / 'kept'}",
+            "--config.training.steps=1",
+            "--config.evaluation.compare_base=False",
+        )
+        kept.append({path.name for path in (tmp_path / "kept").rglob("*-cache")})
+    assert any("train_step" in name for name in kept[0])
+    assert kept[0] == kept[1]

@@ -49,7 +49,8 @@ def program_page() -> str:
         "# Programs and their flags",
         "",
         "`--help` of each shows the same; a field of a configuration is a flag too, as in",
-        "`--config.adapter.rank=16`. All fail with one line that says what to mend.",
+        "`--config.adapter.rank=16`. All fail with one line that says what to mend, and all take",
+        "`--compilation_cache`, the folder of compiled programs, or `off`.",
     ]
     for path in programs():
         tree = ast.parse(path.read_text(encoding="utf-8"))

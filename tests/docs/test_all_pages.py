@@ -19,7 +19,7 @@ OWN_TESTS = {path.stem.removeprefix("test_") for path in (ROOT / "tests/docs").g
 HERE = [name for name in NAMES if name not in OWN_TESTS]
 # Blocks of these are read, not run.
 SHOWN = {"json", "text", "console", "toml", "yaml", "ini"}
-ALWAYS = {"help", "helpfull", "verbosity"}
+ALWAYS = {"help", "helpfull", "verbosity", "compilation_cache"}
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -9,6 +9,8 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from mos_jax import InputError, load_base
+from mos_jax.distributed.mesh import make_mesh, resolve_sizes
+from mos_jax.distributed.partition import Placement
 from mos_jax.models import attention
 from mos_jax.models.attention import attend, choose_attention, implementation
 from mos_jax.models.decoder import Decoder
@@ -115,3 +117,20 @@ def test_cudnn_is_lowered_for_cuda_with_its_kernels_once_each(monkeypatch):
     calls = re.findall(r"custom_call @__cudnn\$fmha(\w+)\(", text)
     # Once in the scan over layers and once in that of the backward pass: nothing runs twice.
     assert sorted(calls) == ["ScaleBiasSoftmax", "ScaleBiasSoftmaxBackward"]
+
+
+@pytest.mark.parametrize("name", ["grouped", "xla"])
+def test_on_a_mesh_every_device_attends_with_its_own_rows_and_heads(name):
+    model = family_decoder("gemma3")
+    placement = Placement(make_mesh(resolve_sizes(1, 2, 2, jax.device_count())), 1 << 24)
+    shardings = placement.weights()
+    placed = {n: jax.device_put(w, shardings(n, w.shape)) for n, w in model.weights.items()}
+    divided = Decoder(model.config, placed, mesh=placement.mesh, attention=name)
+    tokens = jnp.asarray(np.arange(ROWS * LENGTH).reshape(ROWS, LENGTH), jnp.int32)
+
+    @jax.jit
+    def run(model):
+        return model.hidden(tokens, positions=POSITIONS, segments=SEGMENTS)
+
+    expected = run(model)
+    assert np.abs(run(divided) - expected).max() <= 1e-5 * np.abs(expected).max()
