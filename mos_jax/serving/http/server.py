@@ -33,6 +33,8 @@ def listen(host: str, port: int) -> socket.socket:
     Raises:
       InputError: if it cannot.
     """
+    if not 0 <= port <= 65535:
+        raise InputError(f"port must be from 0 to 65535, got {port}")
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, kind, proto, _, address = found[0]
