@@ -30,6 +30,9 @@ ENVIRONMENT = {
     "PYTHONPATH": str(ROOT),
     # Programs so small take longest to compile.
     "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    # Where the cache's lock is taken for long, JAX warns and compiles.
+    "PYTHONWARNINGS": "ignore:Error reading persistent compilation cache,"
+    "ignore:Error writing persistent compilation cache",
 }
 # Generous: a machine may be busy with other things, and nothing here depends on time.
 PATIENCE = 850
