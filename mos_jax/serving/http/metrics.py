@@ -179,7 +179,7 @@ class _EngineCollector(Collector):
 # Of an engine's summary, what only grows: counts, and of the bank and the runner these.
 _GROW = re.compile(
     r"counts_.*|bank_(requests|hits|placed|failed|read|assembled|slab_evictions)"
-    r"|runner_compilations|runner_prefix(es)?_(hits|misses|evictions|tokens)"
+    r"|runner_compilations|runner_prefixes_(hits|misses|tokens|kept|evictions)"
 )
 
 
