@@ -87,7 +87,7 @@ export PIP_USE_PEP517
 pip() { "$py" -m pip --quiet --disable-pip-version-check --no-input "$@" </dev/null; }
 
 if ! fresh "$base"; then
-  echo "setup: installing mos_jax with its test tools (about 1.3 GB on disk; one to three minutes)"
+  echo "setup: installing mos_jax with its test tools (about 1.5 GB on disk; one to three minutes)"
   : >"$venv/.unfinished"
   rm -f "$venv"/.stamp-*
   pip install -c constraints.txt -e ".[test]"
