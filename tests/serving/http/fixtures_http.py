@@ -58,7 +58,7 @@ class Live:
             return client.post("/v1/chat/completions", json=body)
 
 
-def wait_for(condition, seconds=30.0):
+def wait_for(condition, seconds=120.0):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen"

@@ -27,7 +27,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def live(made):
-    limits = Limits(write_seconds=0.5, body_seconds=0.5, drain_seconds=20)
+    limits = Limits(write_seconds=0.5, body_seconds=0.5, drain_seconds=300)
     with fake_server(*made, options=OPTIONS, limits=limits) as live:
         yield live
 
@@ -92,7 +92,7 @@ def test_one_who_reads_nothing_holds_up_nobody_and_is_given_up(live):
 
 
 def test_the_first_signal_lets_open_answers_end(live):
-    live.runner.gate = SLOWLY
+    live.runner.gate = threading.Semaphore(0)
     found = []
     asked = [
         threading.Thread(target=lambda: found.append(live.chat(max_tokens=20))) for _ in range(6)
@@ -107,6 +107,8 @@ def test_the_first_signal_lets_open_answers_end(live):
         late = live.chat()
         assert (late.status_code, late.json()["error"]["code"]) == (503, "draining")
         assert int(late.headers["Retry-After"]) >= 1
+    assert found == []
+    live.runner.gate.release(100_000)
     for thread in asked:
         thread.join(60)
     assert [answer.status_code for answer in found] == [200] * 6

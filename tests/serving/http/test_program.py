@@ -70,7 +70,7 @@ def test_from_start_to_sigterm_under_load(folder, tmp_path):
     keys.write_text(json.dumps(KEYS))
     keys.chmod(0o644)
     secret = "key-of-the-environment"
-    flags = (*SIZES, f"--adapters={folder}", f"--keys={keys}")
+    flags = (*SIZES, f"--adapters={folder}", f"--keys={keys}", "--drain=200")
     with program(*flags, MOS_JAX_API_KEYS=secret) as (process, url, lines):
         text = "".join(lines)
         assert "ready: tiny-random and 4 tenants (anna, ben, carl, dora), 2 rows of 512" in text
@@ -92,7 +92,7 @@ def test_from_start_to_sigterm_under_load(folder, tmp_path):
         with openai.OpenAI(base_url=f"{url}/v1", api_key=ALL, max_retries=0) as client:
             streams = [
                 client.completions.create(
-                    model=model, prompt="a", max_tokens=200, stream=True, temperature=0
+                    model=model, prompt="a", max_tokens=480, stream=True, temperature=0
                 )
                 for model in ("anna", "ben", "tiny-random")
             ]
@@ -104,7 +104,7 @@ def test_from_start_to_sigterm_under_load(folder, tmp_path):
             rest = [list(stream) for stream in streams]
         rest[0] = first + rest[0]
         assert all(chunks[-1].choices[0].finish_reason for chunks in rest)
-        assert process.wait(60) == 0
+        assert process.wait(200) == 0
     text = "".join(lines)
     assert "SIGTERM: draining" in text
     assert re.search(r"POST /v1/completions 200 \d+\.\d{3}s key=all", text)
