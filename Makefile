@@ -20,7 +20,7 @@ SETUP := PYTHON="$(PYTHON)" sh tools/setup.sh
 PYTEST := $(PY) -m pytest -n $(JOBS) --dist loadfile
 CODE := mos_jax experiments configs notebooks tests tools
 
-.PHONY: planner planner-test plans site notebooks help setup interop quickstart test parity lint format fuzz bench quantized support study coverage wheel clean distclean
+.PHONY: planner planner-test plans site notebooks help setup interop quickstart test parity lint format fuzz bench quantized support serving soak study coverage wheel clean distclean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -70,6 +70,12 @@ quantized: setup ## A base in fp32, bf16, int8 and NF4: bytes, loss, time of a s
 
 fuzz: setup ## Damaged files against every reader; ARGS="--format=gguf --case=12" for one
 	$(PY) -m tests.fuzz $(ARGS)
+
+serving: interop ## Tokens/s, first token, bytes and swaps of many tenants, LoRA, PEFT (an hour; resumes)
+	$(PY) experiments/bench_serving.py --workdir=runs/bench_serving --out=results $(ARGS)
+
+soak: setup ## Random load on the engine for 20 minutes: nothing lost, memory where it was
+	JAX_PLATFORMS=cpu $(PY) -m tests.soak --out=results $(ARGS)
 
 study: setup ## The core study and the memory probe, with their reports (hours; resumes)
 	$(PY) experiments/sweep.py --config=configs/core_study.py --workdir=runs/core $(ARGS)

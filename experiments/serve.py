@@ -10,7 +10,6 @@ docs/serving.md. SIGTERM lets open answers end.
 """
 
 import os
-import sys
 from collections.abc import Sequence
 
 from absl import flags
@@ -58,7 +57,7 @@ def main(_: Sequence[str]) -> None:
     try:
         from mos_jax.serving.http.launch import Launch, plan, serve
         from mos_jax.serving.http.options import Limits
-        from mos_jax.serving.http.server import log_to_stderr
+        from mos_jax.serving.http.server import log_to_stderr, tell_operator
     except ModuleNotFoundError as error:
         raise InputError(
             f"the server needs {error.name}; install the extra: pip install 'mos_jax[serve]', or "
@@ -105,7 +104,7 @@ def main(_: Sequence[str]) -> None:
         print("\n".join([*found.lines, *(f"refused: {n}: {why}" for n, why in refused.items())]))
         return
     log_to_stderr()
-    serve(launch, os.environ, lambda line: print(line, file=sys.stderr, flush=True))
+    serve(launch, os.environ, tell_operator)
 
 
 if __name__ == "__main__":

@@ -102,6 +102,10 @@ class Worker:
         others = max(0.0, (total - idle - own) / max(total, 1))
         return Run(seconds, others, processor)
 
+    def ask(self, call: str, *words: str) -> Any:
+        """Calls another method of the side; what it returns must be picklable."""
+        return self._call(call, *words)[0]
+
     def _call(self, *words: str) -> tuple[Any, float]:
         """The answer, and the processor seconds that it took."""
         try:

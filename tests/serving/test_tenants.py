@@ -11,6 +11,7 @@ import pytest
 
 from mos_jax import InputError, MoSConfig, save_adapter
 from mos_jax.adapters.bank import BASE_NAME
+from mos_jax.adapters.factor_slots import write_slot
 from mos_jax.interop.peft import export_peft
 from mos_jax.serving import kinds, slabs, tenants
 from mos_jax.serving.options import BankOptions
@@ -402,3 +403,21 @@ class TestRefusals:
                 call("a")
         with pytest.raises(InputError, match="is not a folder"):
             bank.register_folder(tmp_path / "none")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("config", [MOS, LORA], ids=["pools", "factors"])
+def test_a_write_touches_its_slot_and_not_the_slab(config, dtype):
+    adapter, slots = filled_adapter(DECODER.sites, config, 0), 200
+    if config is MOS:
+        slab = slabs.PoolSlab(adapter, slots, dtype)
+        program, entry = slabs._write, slab.entry_of(adapter)
+        whole = slab._rows.params
+    else:
+        slab = slabs.FactorSlab(DECODER.sites, slots, dict.fromkeys(DECODER.sites, 2), dtype)
+        program, entry = write_slot, slab.entry("x", adapter.factors())
+        whole = slab.source
+    compiled = program.lower(whole, jnp.int32(3), entry).compile()
+    memory = compiled.memory_analysis()
+    assert memory.temp_size_in_bytes < 2 * slab.slot_bytes
+    assert memory.alias_size_in_bytes >= slots * slab.slot_bytes  # in the slab's own memory

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ipaddress
 import logging
 import signal
@@ -196,6 +197,12 @@ async def _in_thread(call: Callable[[], T]) -> T:
 
     threading.Thread(target=work, daemon=True).start()
     return await future
+
+
+def tell_operator(line: str) -> None:
+    """A line on standard error; where that cannot be written, as on a full disk, it is lost."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
 
 
 def log_to_stderr() -> None:
