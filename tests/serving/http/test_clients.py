@@ -60,7 +60,7 @@ def test_one_who_vanishes_frees_the_row(live, stream):
     connections = [raw(live) for _ in range(4)]  # two in rows, two waiting
     for connection in connections:
         send(connection, stream=stream)
-    wait_for(lambda: len(live.runner.row) == 2)
+    wait_for(lambda: live.service.engine.summary()["open"] == 4 and len(live.runner.row) == 2)
     for connection in connections:
         connection.close()
     wait_for(lambda: is_empty(live))
