@@ -96,7 +96,7 @@ def serving(engine, keys, *, roots=(), limits=None, base_id="tiny", runner=None,
     thread = threading.Thread(target=run)
     thread.start()
     try:
-        assert ready.wait(120)
+        assert ready.wait(280)
         yield Live(f"http://{host}:{port}", found, server, runner)
     finally:
         server.stop()
