@@ -38,6 +38,13 @@ class Lane:
     slab: Slab
     slots: Slots
 
+    def warm_up(self, cache: AssembledCache | None) -> None:
+        """Compiles what places a tenant, and what assembles it for a cache."""
+        # Zeros over zeros; as the loader does, from the device.
+        self.slab.write(0, jax.device_put(self.slab.blank()))
+        if cache is not None:
+            cache.warm_up(self.slab)
+
     def summary(self) -> dict[str, Any]:
         """Sizes and counts as JSON values."""
         return {

@@ -14,11 +14,10 @@ import dataclasses
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from mos_jax.adapters.bank import BASE_NAME
@@ -35,7 +34,7 @@ from mos_jax.serving.kinds import (
     read_key,
     read_tenant_arrays,
 )
-from mos_jax.serving.lanes import Lane, Tenant, allocate, choose_slab, planned_bytes
+from mos_jax.serving.lanes import FACTORS, Lane, Tenant, allocate, choose_slab, planned_bytes
 from mos_jax.serving.loading import HostTier, Loader
 from mos_jax.serving.options import BankOptions
 from mos_jax.serving.slabs import PoolSlab, Rows, Slab, SummedRows
@@ -189,16 +188,17 @@ class TenantBank:
         return planned_bytes(self._kinds.values(), self.sites, options)
 
     def warm_up(self) -> None:
-        """Compiles every program that changes what lies on the device, whatever tenants come."""
+        """Compiles all that reading and placing tenants of the kinds known will ever run."""
         self.open()
         with self._lock:
             assert self._lanes is not None
             self._given.clear()
             for lane in self._lanes.values():
-                # Zeros over zeros; as the loader does, from the device.
-                lane.slab.write(0, jax.device_put(lane.slab.blank()))
-                if self._cache is not None:
-                    self._cache.warm_up(lane.slab)
+                lane.warm_up(self._cache)
+            held = [tenant for tenant in self._tenants.values() if tenant.slab == FACTORS]
+        for tenant in {tenant.kind.key: tenant for tenant in held}.values():
+            with suppress(InputError, OSError):  # told when it is asked for
+                self._read(tenant.name, tenant)
 
     def request(self, name: str) -> Use:
         """Asks for a tenant; returns at once.
