@@ -19,15 +19,16 @@ from pathlib import Path
 VARIABLE = "MOS_JAX_COMPILATION_CACHE"
 OFF = "off"
 # What is used least recently gives way beyond this.
-MAX_BYTES = 2 << 30
+MAX_BYTES = 1 << 30
 # JAX's names. Where one of the first two is set, the user has decided and nothing is done here.
 _FOLDER = "JAX_COMPILATION_CACHE_DIR"
 _ENABLED = "JAX_ENABLE_COMPILATION_CACHE"
+# Where the environment sets one of these, that holds.
 _SETTINGS = {
     # With a limit, JAX locks the folder: processes can share it.
     "JAX_COMPILATION_CACHE_MAX_SIZE": MAX_BYTES,
-    # Everything: a run has many small programs, which together take as long as the large ones.
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": 0.0,
+    # Not everything: for each new entry JAX looks at all there are, with the folder locked.
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": 0.1,
 }
 # After so long a file that is half written has no writer any more.
 _ABANDONED_SECONDS = 600.0
@@ -72,7 +73,8 @@ def keep_compiled(folder: str | None = None) -> Path | None:
     except (OSError, RuntimeError) as error:
         print(f"warning: compiled programs are not kept: {error}", file=sys.stderr)
         return None
-    _set({_FOLDER: own, _ENABLED: True, **_SETTINGS})
+    others = {name: value for name, value in _SETTINGS.items() if name not in os.environ}
+    _set({_FOLDER: own, _ENABLED: True, **others})
     return own
 
 

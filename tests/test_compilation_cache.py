@@ -14,6 +14,8 @@ from mos_jax.compilation_cache import default_folder, keep_compiled
 from tests.experiments.fixtures_programs import call
 
 ROOT = Path(__file__).parents[1]
+# Also what compiles at once, so that no count depends on the time that it takes.
+EVERYTHING = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 # Prints the folder, how many programs were compiled, and how many of them were found.
 PROGRAM = """
 import sys
@@ -45,7 +47,7 @@ def bare(monkeypatch, tmp_path):
 def start(folder="", when="early", **variables):
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(folder), when],
-        env=os.environ | variables | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | EVERYTHING | variables | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=False,
@@ -97,6 +99,18 @@ def test_off_keeps_nothing(bare, tmp_path, how):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_only_what_takes_long_is_kept_and_no_more_than_a_limit(bare, tmp_path):
+    settings = {}
+    bare.setattr("mos_jax.compilation_cache._set", settings.update)
+    keep_compiled(str(tmp_path))
+    assert settings["JAX_COMPILATION_CACHE_MAX_SIZE"] == 2**30
+    assert 0 < settings["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] < 1
+    settings.clear()
+    bare.setenv("JAX_COMPILATION_CACHE_MAX_SIZE", "5")
+    keep_compiled(str(tmp_path))
+    assert "JAX_COMPILATION_CACHE_MAX_SIZE" not in settings
+
+
 def test_settings_for_jax_itself_hold(bare, tmp_path):
     bare.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "theirs"))
     before = dict(os.environ)
@@ -145,8 +159,10 @@ def test_opening_tensorboard_does_not_import_torch(tmp_path):
     subprocess.run(start, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
 
 
-def test_the_second_start_of_a_run_finds_every_program_of_the_first(tmp_path):
+def test_the_second_start_of_a_run_finds_every_program_of_the_first(tmp_path, monkeypatch):
     """By what is kept: a program that came out otherwise would be one file more."""
+    for name, value in EVERYTHING.items():
+        monkeypatch.setenv(name, value)
     kept = []
     for workdir in ("first", "second"):
         call(
