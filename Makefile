@@ -20,7 +20,7 @@ SETUP := PYTHON="$(PYTHON)" sh tools/setup.sh
 PYTEST := $(PY) -m pytest -n $(JOBS) --dist loadfile
 CODE := mos_jax experiments configs notebooks tests tools
 
-.PHONY: planner planner-test plans site notebooks help setup interop quickstart test parity lint format fuzz bench quantized support serving soak study coverage wheel clean distclean
+.PHONY: planner planner-test plans site notebooks help setup interop quickstart test parity lint format fuzz bench scaling accelerator quantized support serving soak study coverage wheel clean distclean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -61,6 +61,12 @@ format: setup ## Rewrite the code as ruff wants it
 
 bench: interop ## Time training steps against the reference implementations
 	$(PY) experiments/bench_training.py $(ARGS)
+
+scaling: setup ## How the cost of a step grows with its sizes: numbers and pictures (minutes; resumes)
+	$(PY) experiments/scaling.py --out=results/scaling.json --pictures=results $(ARGS)
+
+accelerator: setup ## Check the accelerator that JAX finds against the CPU: results, time, memory
+	$(PY) experiments/check_accelerator.py $(ARGS)
 
 support: setup ## What works with what, tried on tiny models: docs/support.md
 	$(PY) tools/support_table.py

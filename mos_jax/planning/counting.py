@@ -31,6 +31,7 @@ _FREE = {
     "async-done", "async-update",
 } | {f"{kind}-done" for kind in set(COLLECTIVES.values())}  # fmt: skip
 _SLICES = ("dynamic-slice", "slice", "gather")
+_UPDATES = ("dynamic-update-slice", "scatter")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,13 +243,13 @@ class _Counter:
                     read += min(array.bytes, self._read(fused, parameter, array.bytes))
                 elif one.opcode in _SLICES and number == 0:
                     read += sum(a.bytes for a in one.arrays)
-                elif one.opcode in ("dynamic-update-slice", "scatter") and number == 0:
+                elif one.opcode in _UPDATES and number == 0:
                     read += 0
                 else:
                     read += array.bytes
         if fused is not None:
             return float(read + self._written(fused, fused.root, one.arrays))
-        if one.opcode in ("dynamic-update-slice", "scatter"):
+        if one.opcode in _UPDATES:
             update = operands[1] if one.opcode == "dynamic-update-slice" else operands[-1]
             arrays = () if update is None else update.arrays
             return float(read + sum(a.bytes for a in arrays if one.arrays[0].space == 0))
@@ -262,8 +263,8 @@ class _Counter:
                 total += self._read(place, user.name, whole)
             elif user.opcode in _SLICES and user.operands[0] == name:
                 total += sum(a.bytes for a in user.arrays)
-            elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
-                total += 0
+            elif user.opcode in _UPDATES and user.operands[0] == name:
+                total += 0  # written in place
             elif user.opcode in COLLECTIVES or user.opcode == "tuple" or _is_marker(user):
                 total += 0
             elif (inner := self._fused(user)) is not None:
@@ -287,6 +288,11 @@ class _Counter:
         if one.opcode == "dynamic-update-slice":
             update = place.instructions[one.operands[1]]
             return sum(a.bytes for a in update.arrays) if arrays[0].space == 0 else 0
+        if one.opcode == "scatter" and len(arrays) == 1:
+            # In place, if what it goes into is there already and not made here as well.
+            into, update = (place.instructions[one.operands[i]] for i in (0, -1))
+            if into.opcode == "parameter":
+                return sum(a.bytes for a in update.arrays) if arrays[0].space == 0 else 0
         inner = self._fused(one)
         if inner is not None and len(one.arrays) == len(arrays):
             return self._written(inner, inner.root, arrays)

@@ -15,7 +15,7 @@ from mos_jax.adapters.adapter import Adapter
 from mos_jax.data.batches import Batch
 from mos_jax.distributed.partition import Placement
 from mos_jax.evaluation.loss import summed_loss
-from mos_jax.models.decoder import Decoder
+from mos_jax.models.decoder import Decoder, FactorsSource
 
 
 @jax.tree_util.register_dataclass
@@ -65,6 +65,12 @@ def initial_state(
 
 
 TrainStep = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+
+# What the base is given, by `TrainingSection.assembly`.
+SOURCES: dict[str, Callable[[Adapter], FactorsSource]] = {
+    "before": lambda adapter: adapter.factors(),
+    "inside": lambda adapter: adapter.factors,
+}
 
 
 def make_train_step(
@@ -131,8 +137,7 @@ def pure_train_step(
 
         def loss_of(trained: nnx.State, micro: Batch, index: jax.Array) -> jax.Array:
             noise = (jax.random.fold_in(key, index), dropout) if dropout else None
-            adapter = parts.merge(trained)
-            factors = adapter.factors() if assembly == "before" else adapter.factors
+            factors = SOURCES[assembly](parts.merge(trained))
             return summed_loss(model, factors, micro, noise)
 
         def accumulate(carry: Any, scanned: Any) -> tuple[Any, None]:
