@@ -23,23 +23,21 @@ def serving_picture(found: dict[str, Any]) -> Figure:
     mos = [name for name in facts if name.startswith("MoS")]
     rest = [name for name in facts if name not in mos]
     counts = [facts[name]["known"] for name in mos]
-    for axes, by, label in ((speed, "seconds", "by the clock"),):
-        values = [rates(found, name, by) for name in mos]
+    for names, colour, marker, label in (
+        (mos, PALETTE[0], "o", "MoS, all on the device"),
+        *(
+            ([name], PALETTE[1], "s", f"{name.rpartition(',')[0]}, {facts[name]['slots']:,} there")
+            for name in rest
+        ),
+    ):
+        values = [rates(found, name) for name in names]
         middle = [statistics.median(each) for each in values]
         low = [m - min(each) for m, each in zip(middle, values, strict=True)]
         high = [max(each) - m for m, each in zip(middle, values, strict=True)]
-        axes.errorbar(
-            counts, middle, yerr=[low, high], color=PALETTE[0], marker="o", capsize=3,
-            label=f"MoS, all on the device, {label}",
+        speed.errorbar(
+            [facts[name]["known"] for name in names], middle, yerr=[low, high],
+            color=colour, marker=marker, capsize=3, label=label,
         )  # fmt: skip
-        for name in rest:
-            each = rates(found, name, by)
-            axes.errorbar(
-                [facts[name]["known"]], [statistics.median(each)],
-                yerr=[[statistics.median(each) - min(each)], [max(each) - statistics.median(each)]],
-                color=PALETTE[1], marker="s", capsize=3,
-                label=f"{name.rpartition(',')[0]}, {facts[name]['slots']:,} on the device",
-            )  # fmt: skip
     memory.plot(
         counts, [facts[name]["bank_bytes"] / 1e6 for name in mos], color=PALETTE[0], marker="o",
         label="MoS: pools, tables, assembled factors of 8 rows",
@@ -63,7 +61,9 @@ def serving_picture(found: dict[str, Any]) -> Figure:
         axes.legend(frameon=False, fontsize=8, loc="best")
     speed.set_ylim(bottom=0)
     memory.set_yscale("log")
-    memory.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    speed.set_title("tokens a second, 8 rows")
+    memory.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+    memory.yaxis.set_minor_formatter(NullFormatter())
+    speed.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+    speed.set_title("tokens a second by the clock, 8 rows; smallest to largest")
     memory.set_title("bank on the device, MB")
     return figure

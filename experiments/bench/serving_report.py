@@ -20,7 +20,8 @@ BARE, ONE, ALL = "bare base", "MoS, one tenant", "MoS, all different"
 
 def rates(found: Found, name: str, by: str = "seconds") -> list[float]:
     """Tokens for each second of a contestant, by round; `by` may be "processor" as well."""
-    return [one[name]["tokens"] / one[name][by] for one in found["rounds"] if one[name][by]]
+    # A round of the short form may be shorter than the clock of processor time ticks.
+    return [one[name]["tokens"] / max(one[name][by], 1e-3) for one in found["rounds"]]
 
 
 def ratios(found: Found, above: str, below: str, by: str = "seconds") -> list[float]:
