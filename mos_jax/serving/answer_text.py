@@ -43,8 +43,9 @@ class Characters:
             end -= UNFINISHED_TOKENS
             if end <= self._context:
                 return ""
-            head = self._decode(window[:end])
-            if head + self._decode(window[end:]) != text:
+            head, tail = self._decode(window[:end]), self._decode(window[end:])
+            # Where the tail has no text of its own, or continues the head, that is not finished.
+            if not tail or head + tail != text:
                 return ""
             text = head
         new = text[len(self._given) :]

@@ -10,6 +10,9 @@ BYTES = Tokenizer.byte_level()
 SPACED = sentencepiece(ggml__add_space_prefix=True)
 # Few letters, so that stop texts occur and overlap; a character of each length in UTF-8.
 TEXTS = st.text(alphabet="aab\u00e9\u20ac\U0001f600", max_size=30)
+# Parts of characters, so that many are broken off.
+PARTS = list(b"a\xe2\x82\xac\xf0\x9f\x98\x80\xff")
+BROKEN = st.lists(st.sampled_from(PARTS), max_size=8)
 STOPS = st.lists(st.text(alphabet="ab\u20ac", min_size=1, max_size=4), max_size=4)
 
 
@@ -35,7 +38,7 @@ def cut(text, stops):
 
 class TestCharacters:
     @settings(max_examples=200)
-    @given(st.lists(st.integers(0, 258), max_size=40))
+    @given(st.lists(st.integers(0, 258) | st.sampled_from(PARTS), max_size=40))
     def test_pieces_of_any_bytes_are_the_text(self, tokens):
         pieces, _ = in_pieces(tokens)
         assert "".join(pieces) == BYTES.decode(tokens)
@@ -73,12 +76,22 @@ class TestCharacters:
             pieces, _ = in_pieces(tokens[split:], tokenizer=SPACED, prompt=tokens[:split])
             assert prompt + "".join(pieces) == SPACED.decode(tokens)
 
-    @given(TEXTS, TEXTS)
+    @given(BROKEN, BROKEN)
     def test_the_prompt_leaves_no_trace_in_the_text(self, prompt, answer):
-        prompt, answer = prompt.encode(), answer.encode()
+        # Not even where a character is half in the prompt and half in the answer.
         for end in range(max(0, len(prompt) - CONTEXT), len(prompt) + 1):
             pieces, _ = in_pieces(answer, prompt=prompt[:end])
-            assert "".join(pieces) == answer.decode()
+            assert "".join(pieces) == BYTES.decode(answer)
+
+    @settings(max_examples=200)
+    @given(st.lists(BROKEN.map(bytes), max_size=20))
+    def test_tokens_of_several_bytes_that_end_inside_characters(self, chunks):
+        class Chunks:
+            def decode(self, ids):
+                return b"".join(chunks[index] for index in ids).decode("utf-8", "replace")
+
+        pieces, _ = in_pieces(range(len(chunks)), tokenizer=Chunks())
+        assert "".join(pieces) == b"".join(chunks).decode("utf-8", "replace")
 
 
 class TestStopTexts:
