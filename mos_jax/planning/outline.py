@@ -105,7 +105,7 @@ def _initial(session: Session) -> Any:
 def held_bytes(request: Request) -> int:
     """Bytes that each chip holds between steps: its part of base, adapter, optimiser and a batch.
 
-    By the rules of placement alone; no step needs less.
+    By the rules of placement alone. No step needs less, but for arrays that it does not look at.
     """
     config, sizes = request.config, mesh_sizes(request)
     base, above = config.base, int(config.mesh.shard_above_mib * 2**20)
