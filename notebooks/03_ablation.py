@@ -4,7 +4,7 @@
 # A sweep is a config, arms, learning rates and seeds: rates are chosen on the validation set, and
 # the test set is used once. The report says what the numbers can tell, and what they cannot.
 #
-# **You need** a checkout with `make setup` done, or Colab. **It takes** about 10 minutes on 2 CPU
+# **You need** a checkout with `make setup` done, or Colab. **It takes** about 20 minutes on 2 CPU
 # cores; the run resumes. The study itself, nine arms and four seeds, is in `results/core_study`.
 
 # %% [markdown] tags=["badge"]
@@ -102,4 +102,4 @@ Markdown(next(text for title, text in sections.items() if title.startswith("In w
 Shown(page.with_name("accuracy-trained_parameters.png").read_bytes())
 
 # %%
-Markdown(sections["Against MoS"])
+Markdown(sections["Against MoS"].partition("![")[0])

@@ -77,7 +77,8 @@ def execute(task: Task, loads: Loads | None = None, compiled: str = "") -> list[
     for folder in task.folders:
         (Path(folder) / ERROR_FILE).unlink(missing_ok=True)
     with open(first / LOG_FILE, "a", encoding="utf-8") as stream:
-        console = Console(file=stream, width=100)
+        # In a notebook rich would show what belongs into the file.
+        console = Console(file=stream, width=100, force_jupyter=False)
         try:
             if len(configs) == 1:
                 train(configs[0], first, console, loads)
