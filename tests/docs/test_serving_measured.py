@@ -16,7 +16,7 @@ def test_the_commands_run(tmp_path):
     bench, soak = (shlex.split(block) for block in PAGE.blocks("bash"))
     assert bench[:2] == ["python", "experiments/bench_serving.py"]
     flags = [flag.replace("runs/", f"{tmp_path}/") for flag in bench[2:]]
-    assert "MoS, all different" in call("bench_serving", *flags).stdout
+    assert "| mos, host |" in call("bench_serving", *flags).stdout
     assert soak[:3] == ["python", "-m", "tests.soak"]
     words = [word.replace("runs/", f"{tmp_path}/") for word in soak[3:]]
     done = subprocess.run(
