@@ -23,7 +23,7 @@ CODE := mos_jax experiments configs notebooks tests tools
 .PHONY: planner planner-test plans site notebooks help setup interop quickstart test parity lint format fuzz bench scaling accelerator quantized support serving soak study coverage wheel clean distclean
 
 help: ## This list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
 setup: ## Build or update .venv; EXTRAS="cuda wandb" adds extras
 	@$(SETUP) $(EXTRAS)
