@@ -90,6 +90,7 @@ class Engines:
         bank = engine.summary()["bank"]
         return {
             **dataclasses.asdict(contestant),
+            "folder": Path(contestant.folder).name,
             "bank_bytes": bank["bytes"],
             "slot_bytes": bank["slabs"][0]["slot_bytes"] if bank["slabs"] else 0,
             "cache_bytes": bank["cache_bytes"],
