@@ -95,7 +95,7 @@ coverage: setup ## Whether the intervals of reports hold what they promise (minu
 site: setup ## Build the documentation into site/; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict $(ARGS)
 
-notebooks: setup ## Run all notebooks and keep their outputs (20 minutes); ARGS="02 05" for some
+notebooks: setup ## Run all notebooks and keep their outputs (an hour); ARGS="02 05" for some
 	$(PY) tools/notebooks.py --run $(ARGS)
 
 wheel: setup ## Build the wheel and the source archive into dist/

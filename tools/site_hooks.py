@@ -73,6 +73,10 @@ def on_files(files: Files, config: Any) -> Files:
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
     """Leads links from where a file lies in the repository to where it lies on the site."""
     place = page.file.src_uri
+    if place.startswith("results/") or place == "reference/programs.md":
+        # Commands of studies take hours; those of programs are examples.
+        title, _, rest = markdown.partition("\n")
+        markdown = f"{title}\n\n*Commands on this page are not run by the tests.*\n{rest}"
     lies = {"decisions.md": "WORKSPACE.md", "changelog.md": "CHANGELOG.md"}.get(place)
     lies = lies or (place if place.startswith("results/") else f"docs/{place}")
     here, on_site = posixpath.dirname(lies), posixpath.dirname(place)

@@ -61,3 +61,11 @@ def test_what_is_not_run_has_programs_and_flags_that_exist(name):
                 if word.startswith("--") and not word.startswith("--config."):
                     flag = word[2:].partition("=")[0]
                     assert flag in known or flag.removeprefix("no") in known, word
+
+
+def test_the_lines_of_the_page_on_own_data_are_read(tmp_path):
+    from mos_jax.data.jsonl import read_jsonl
+
+    (lines,) = Page("own_data").blocks("json")
+    (tmp_path / "lines.jsonl").write_text(lines)
+    assert len(read_jsonl(tmp_path / "lines.jsonl")) == 2

@@ -32,6 +32,12 @@ def test_pages_figures_and_results_are_there(site):
     assert "One door for rows" in (site / "decisions.html").read_text(encoding="utf-8")
 
 
+def test_pages_of_commands_that_are_not_run_say_so(site):
+    for name in ("results/studies", "results/bench_training", "reference/programs"):
+        page = (site / f"{name}.html").read_text(encoding="utf-8")
+        assert "Commands on this page are not run by the tests." in page
+
+
 def test_formulas_are_shown_without_a_script(site):
     page = (site / "methods/mos.html").read_text(encoding="utf-8")
     assert page.count("<math") > 5
