@@ -205,7 +205,7 @@ class Scheduler:
             self._wait()
             self._turned = time.monotonic()
             cancelled, self._cancelled = self._cancelled, []
-            news, self._news = self._news, False
+            news, self._news = self._news or self._read > 0, False  # a read one may have its turn
             self._read = max(0, self._read - 1)
             ending = self._ending
         if ending:
