@@ -6,6 +6,7 @@ good as absent. Of what has no bearing on the answer (`user`, `metadata`, ...) a
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -46,20 +47,30 @@ NEUTRAL = {
 
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
+Stops = Annotated[list[Stop], Field(max_length=MOST_STOPS, fail_fast=True)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 Zero = Annotated[float, Field(ge=0, le=0)]
 
 
 class Body(BaseModel):
-    """An object without unknown fields, whose values have exactly the types that they should."""
+    """An object without unknown fields, whose values have exactly the types that they should.
+
+    What is wrong with one makes a few errors, however large it is: lists stop at their first
+    (`fail_fast`), and of unknown fields only the first is told. A body of a megabyte would else
+    make a million of them, in the event loop.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
     def _without_nulls(cls, value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: entry for name, entry in value.items() if entry is not None}
-        return value
+        if not isinstance(value, dict):
+            return value
+        known = cls.model_fields
+        unknown = (n for n, entry in value.items() if entry is not None and n not in known)
+        kept = [*(name for name in known if value.get(name) is not None), *islice(unknown, 1)]
+        return {name: value[name] for name in kept}
 
 
 class StreamOptions(Body):
@@ -85,7 +96,7 @@ class Common(Body):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=0, lt=1 << 31, description="0 is all; not of OpenAI's API.")] = 0
     seed: Annotated[int | None, Field(ge=-(1 << 63), lt=1 << 63)] = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
+    stop: Stop | Stops | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] = 1
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -98,7 +109,7 @@ class Common(Body):
     # Taken only where they change nothing.
     frequency_penalty: Zero = 0.0
     presence_penalty: Zero = 0.0
-    logit_bias: Annotated[dict[str, float] | None, Field(max_length=0)] = None
+    logit_bias: Annotated[dict[str, Any] | None, Field(max_length=0)] = None
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -124,7 +135,7 @@ class Message(Body):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)]
+    content: str | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
 
     def plain(self) -> dict[str, str]:
         """As a chat template takes it: all text, and no "developer", which is "system"."""
@@ -136,12 +147,12 @@ class Message(Body):
 class ChatBody(Common):
     """Body of `POST /v1/chat/completions`."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=4096, fail_fast=True)]
     max_completion_tokens: Annotated[int | None, Field(ge=1, lt=1 << 31)] = None
     logprobs: bool = False
     top_logprobs: Annotated[int | None, Field(ge=0, le=MOST_TOP_LOGPROBS)] = None
     response_format: TextFormat | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Annotated[list[Literal["text"]] | None, Field(fail_fast=True)] = None
     store: Literal[False] = False
     tools: Annotated[list[Any] | None, Field(max_length=0)] = None
     tool_choice: Literal["none", "auto"] | None = None
@@ -153,12 +164,9 @@ class CompletionBody(Common):
 
     prompt: (
         str
-        | Annotated[list[str], Field(min_length=1, max_length=MOST_CHOICES)]
-        | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[
-            list[Annotated[list[TokenId], Field(min_length=1)]],
-            Field(min_length=1, max_length=MOST_CHOICES),
-        ]
+        | Annotated[list[str], Field(min_length=1, max_length=MOST_CHOICES, fail_fast=True)]
+        | TokenIds
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MOST_CHOICES, fail_fast=True)]
     )
     logprobs: Annotated[int | None, Field(ge=0, le=MOST_TOP_LOGPROBS)] = None
     best_of: Annotated[int | None, Field(ge=1, le=MOST_CHOICES)] = None

@@ -8,9 +8,11 @@ import types
 
 import openai
 import pytest
+from pydantic import ValidationError
 
 from mos_jax import EngineOptions
 from mos_jax.serving.http.options import Limits
+from mos_jax.serving.http.schemas import AdapterBody, ChatBody, CompletionBody
 from tests.serving.fixtures_tenants import LORA, tenants_in
 from tests.serving.http.fixtures_http import ADMIN, ALL, fake_server, keyring, raw, wait_for
 
@@ -32,6 +34,10 @@ def live(made):
 
 CHAT = {"model": "anna", "messages": [{"role": "user", "content": "Hello"}]}
 TEXT = {"model": "anna", "prompt": "Hello"}
+
+
+MANY = 10_000
+UNKNOWN = {f"field{i}": 1 for i in range(MANY)}
 
 
 def post(live, body, path=None, key=ALL):
@@ -162,6 +168,36 @@ class TestBodies:
             )
         assert answer.status_code == 400
         assert answer.json()["error"]["message"]
+
+    @pytest.mark.parametrize(
+        ("model", "fields"),
+        [
+            (CompletionBody, {"prompt": [{}] * MANY}),
+            (CompletionBody, {"prompt": [[]] * MANY}),
+            (CompletionBody, {"prompt": [[{}] * MANY]}),
+            (CompletionBody, {"prompt": [1, *[-1] * MANY]}),
+            (CompletionBody, {"prompt": [1] * MANY + ["a"]}),
+            (CompletionBody, {"stop": [1] * MANY}),
+            (CompletionBody, {"logit_bias": {str(i): "x" for i in range(MANY)}}),
+            (ChatBody, {"messages": [{}] * 4000}),
+            (ChatBody, {"messages": [{"role": "user", "content": [{}] * MANY}]}),
+            (ChatBody, {"messages": [{"role": "user", "content": [{}] * 9}] * 4000}),
+            (ChatBody, {"messages": [{"role": "user", "content": "x", **UNKNOWN}]}),
+            (ChatBody, {"modalities": ["x"] * MANY}),
+            (ChatBody, {"tools": [1] * MANY}),
+            (ChatBody, {"stream_options": UNKNOWN}),
+            (ChatBody, {"response_format": UNKNOWN}),
+            (ChatBody, UNKNOWN),
+            (AdapterBody, UNKNOWN),
+        ],
+        ids=range(17),
+    )
+    def test_what_is_wrong_many_times_is_told_a_few_times(self, model, fields):
+        sound = {CompletionBody: TEXT, ChatBody: CHAT, AdapterBody: {"name": "a"}}[model]
+        model.model_validate(sound)
+        with pytest.raises(ValidationError) as error:
+            model.model_validate({**sound, **fields})
+        assert error.value.error_count() <= 4
 
 
 class TestLimits:
