@@ -7,7 +7,8 @@ python experiments/train.py --config=configs/quickstart.py --workdir=runs/q2 \
 
 On several hosts, the same command on each of them; see docs/many_hosts.md:
 python experiments/train.py --config=configs/quickstart.py --workdir=/shared/q \
-  --config.mesh.fsdp=-1 --coordinator=10.0.0.1:8476 --processes=2 --process_id=0
+  --config.mesh.fsdp=-1 --config.data.batch_size=16 \
+  --coordinator=10.0.0.1:8476 --processes=2 --process_id=0
 """
 
 from collections.abc import Sequence

@@ -2,9 +2,10 @@
 # Trains on several hosts of a SLURM cluster:
 #
 #   sbatch launch/slurm.sh --config=configs/own_data.py --config.mesh.fsdp=-1 \
-#     --config.base.name=/shared/model --config.data.train_path=/shared/train.jsonl \
-#     --workdir=/shared/runs/q
+#     --config.data.batch_size=16 --config.base.name=/shared/model \
+#     --config.data.train_path=/shared/train.jsonl --workdir=/shared/runs/q
 #
+# The GPUs, nodes times gpus-per-node, share the rows of a batch: 16 of each here.
 # One process for each GPU: that is what JAX takes a task of SLURM for. Do not bind GPUs to tasks
 # (--gpus-per-task): JAX chooses the task's own by its local number. The number of processes and
 # the address of the first come from SLURM. All nodes must see this checkout and the workdir.

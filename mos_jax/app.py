@@ -59,7 +59,7 @@ def define_hosts() -> None:
     """
     flags.DEFINE_string(
         "coordinator", "", "Several hosts: host:port of process 0; auto: what JAX finds in a TPU "
-        "pod, SLURM or Open MPI; none: alone. Default: auto in a job of several tasks, else alone.",
+        "pod, SLURM or Open MPI 4; none: alone. Default: auto in a job of several, else alone.",
     )  # fmt: skip
     flags.DEFINE_integer("processes", None, "How many, with --coordinator=host:port.")
     flags.DEFINE_integer("process_id", None, "Of this one, from 0, with --coordinator=host:port.")

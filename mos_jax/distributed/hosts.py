@@ -28,6 +28,8 @@ AUTO, NONE = "auto", "none"
 _FOLDER = "mos_jax"
 # Variables by which JAX knows a step of SLURM.
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
+# How Open MPI says where its processes meet, up to version 4, and how many there are.
+_MPI_ADDRESS, _MPI_SIZE = "OMPI_MCA_orte_hnp_uri", "OMPI_COMM_WORLD_SIZE"
 # Errors of the runtime that have their reason in this process, not in a lost one.
 _OWN_ERRORS = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT")
 # Seconds: processes that are through may have to wait for one that writes.
@@ -64,7 +66,8 @@ def find_meeting(
       environ: the environment: of SLURM's and Open MPI's steps, and of pods on GKE.
 
     Raises:
-      InputError: for flags that do not belong together, or values that cannot be.
+      InputError: for flags that do not belong together, values that cannot be, or processes of
+        Open MPI 5 without flags: it says that they are several, and not where they meet.
     """
     method = _method(environ)
     if coordinator in ("", AUTO, NONE):
@@ -74,6 +77,13 @@ def find_meeting(
                     f"--{name}={value} needs --coordinator=host:port, the address of process 0; "
                     f"got --coordinator={coordinator!r}"
                 )
+        if coordinator == "" and method is None and _of_several(environ):
+            raise InputError(
+                f"{_MPI_SIZE}={environ[_MPI_SIZE]} without {_MPI_ADDRESS}, as of Open MPI 5: the "
+                "processes cannot find each other; give --coordinator=host:port, "
+                f"--processes=${_MPI_SIZE} and --process_id=$OMPI_COMM_WORLD_RANK, or "
+                "--coordinator=none if each is to run alone"
+            )
         if coordinator == NONE or (coordinator == "" and method is None):
             return None
         return Meeting(method=method)
@@ -95,15 +105,21 @@ def find_meeting(
 
 def _method(environ: Mapping[str, str]) -> str | None:
     """JAX's name of the environment, where that speaks of several processes."""
+    # Before SLURM, whose variables then are those of a daemon that mpirun started with srun.
+    if _of_several(environ):
+        return "ompi" if _MPI_ADDRESS in environ else None
     tasks = (environ.get(name, "") for name in ("SLURM_NTASKS", "SLURM_STEP_NUM_TASKS"))
     if all(name in environ for name in _SLURM) and "1" not in tasks:
         return "slurm"
-    if "OMPI_MCA_orte_hnp_uri" in environ and environ.get("OMPI_COMM_WORLD_SIZE", "1") != "1":
-        return "ompi"
     hosts = environ.get("TPU_PROCESS_ADDRESSES") or environ.get("TPU_WORKER_HOSTNAMES", "")
     if "," in hosts or environ.get("MEGASCALE_NUM_SLICES", "1") != "1":
         return "gketpu"
     return None
+
+
+def _of_several(environ: Mapping[str, str]) -> bool:
+    """Whether mpirun of Open MPI started this process as one of several."""
+    return environ.get(_MPI_SIZE, "1") != "1"
 
 
 @contextlib.contextmanager

@@ -21,6 +21,9 @@ SLURM = {
     "SLURM_PROCID": "0",
     "SLURM_LOCALID": "0",
 }
+# Of Open MPI 5, and what it was told up to 4.
+MPI = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}
+MPI_ADDRESS = {"OMPI_MCA_orte_hnp_uri": "0.0;tcp://a:1"}
 ADDRESS = "10.0.0.1:8476"
 
 
@@ -38,11 +41,14 @@ ADDRESS = "10.0.0.1:8476"
         (("auto", None, None), {}, Meeting()),
         (("", None, None), {"TPU_WORKER_HOSTNAMES": "a,b"}, Meeting(method="gketpu")),
         (("", None, None), {"TPU_WORKER_HOSTNAMES": "localhost"}, None),
-        (
-            ("", None, None),
-            {"OMPI_MCA_orte_hnp_uri": "0.0;tcp://a:1", "OMPI_COMM_WORLD_SIZE": "2"},
-            Meeting(method="ompi"),
-        ),
+        (("", None, None), MPI_ADDRESS | MPI, Meeting(method="ompi")),
+        # mpirun starts its daemons with srun.
+        (("", None, None), SLURM | MPI_ADDRESS | MPI, Meeting(method="ompi")),
+        (("", None, None), MPI_ADDRESS | MPI | {"OMPI_COMM_WORLD_SIZE": "1"}, None),
+        (("", None, None), {"OMPI_COMM_WORLD_SIZE": "1"}, None),
+        (("none", None, None), MPI, None),
+        (("auto", None, None), MPI, Meeting()),
+        ((ADDRESS, 2, 1), MPI, Meeting(ADDRESS, 2, 1, "deactivate")),
         ((ADDRESS, 2, 1), SLURM, Meeting(ADDRESS, 2, 1, "deactivate")),
         ((ADDRESS, None, None), SLURM, Meeting(ADDRESS, method="slurm")),
     ],
@@ -67,6 +73,18 @@ def test_where_processes_meet(flags, environment, meeting):
 def test_flags_that_say_no_place_are_refused(flags, words):
     with pytest.raises(InputError, match=words):
         find_meeting(*flags, {})
+
+
+@pytest.mark.parametrize("environment", [MPI, SLURM | MPI], ids=["alone", "in_slurm"])
+def test_processes_of_open_mpi_5_do_not_each_train_for_themselves(environment):
+    words = (
+        r"OMPI_COMM_WORLD_SIZE=2 without .*; give --coordinator=host:port, --processes=\$OMPI_COMM_"
+        r"WORLD_SIZE and --process_id=\$OMPI_COMM_WORLD_RANK, or --coordinator=none"
+    )
+    with pytest.raises(InputError, match=words):
+        find_meeting("", None, None, environment)
+    with pytest.raises(InputError, match="--processes=None must be 2 or more"):
+        find_meeting(ADDRESS, None, None, environment)
 
 
 def test_differences_are_named_by_field_with_values_and_processes():

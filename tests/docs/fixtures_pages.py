@@ -1,5 +1,6 @@
 """A page of docs/ and the code on it."""
 
+import itertools
 import re
 import shlex
 from pathlib import Path
@@ -14,6 +15,15 @@ _BLOCK = re.compile(
     r"^```(?P<language>\w*)\n(?P<text>.*?)^```$",
     re.DOTALL | re.MULTILINE,
 )
+
+
+# What a command of the shell sets for itself alone.
+_SETTING = re.compile(r"[A-Za-z_]\w*=")
+
+
+def without_settings(words: list[str]) -> list[str]:
+    """A command without the NAME=value in front of it."""
+    return list(itertools.dropwhile(_SETTING.match, words))
 
 
 class Page:
