@@ -23,6 +23,7 @@ ADMIN = ("/v1/adapters", "/metrics")
 ANYBODY = Key("open", b"", ("*",))
 # A client that went away before its answer; nginx made the number known.
 GONE = 499
+_CLOSE = {"Connection": "close"}
 _HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
@@ -33,13 +34,15 @@ _HEADERS = (
 class Guard:
     """Keys, hosts, sizes and times of requests; figures and a line in the log for answers.
 
-    It asks for the key before it reads a body, and names in its log the key's name, the route's
-    pattern, and nothing that a client wrote.
+    It asks for the key before it reads a body, reads none where no route takes one, and names in
+    its log the key's name, the route's pattern, and nothing that a client wrote.
     """
 
     def __init__(self, app: ASGIApp, service: Service):
         """Wraps `app`."""
         self._app, self._service = app, service
+        # Bytes of the bodies of all requests that have not ended.
+        self._held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
@@ -51,7 +54,7 @@ class Guard:
             return
         start, name, status = time.monotonic(), f"req-{uuid.uuid4().hex[:16]}", 0
         state = scope.setdefault("state", {})
-        state["key"], state["gone"] = ANYBODY, False
+        state["key"], state["gone"], state["held"] = ANYBODY, False, 0
 
         async def sending(message: Message) -> None:
             nonlocal status
@@ -79,6 +82,7 @@ class Guard:
                     broken = ApiError(500, f"the server failed on this request, {name}", "internal")
                     await broken.response()(scope, receive, sending)
         finally:
+            self._held -= state["held"]
             status = GONE if state["gone"] else status
             route = getattr(scope.get("route"), "path", "none")
             self._service.metrics.answered(route, status)
@@ -123,15 +127,18 @@ class Guard:
         """Reads the whole body, within its size and time; what is received then begins with it.
 
         Raises:
-          ApiError: for a body that is too large, too slow or not JSON.
+          ApiError: for a body that is too large, too slow or not JSON, for any where none is
+            taken, and where those of other requests leave no room for it.
         """
         limits, headers = self._service.limits, _headers(scope)
+        # All routes that take one are asked by POST; what anybody may ask holds no memory.
+        most = limits.body_bytes if scope["method"] == "POST" and scope["path"] not in PUBLIC else 0
         too_large = ApiError(
-            413, f"the body has more than {limits.body_bytes} bytes", "body_too_large",
-            headers={"Connection": "close"},
+            413, f"the body has more than {most} bytes" if most else "there must be no body",
+            "body_too_large", headers=_CLOSE,
         )  # fmt: skip
         announced = headers.get("content-length", "0")
-        if not announced.isdecimal() or int(announced[:32]) > limits.body_bytes:
+        if not announced.isdecimal() or int(announced[:32]) > most:
             raise too_large
         parts, size, more = [], 0, True
         try:
@@ -142,13 +149,17 @@ class Guard:
                         raise _Gone
                     part = message.get("body", b"")
                     size += len(part)
-                    if size > limits.body_bytes:
+                    if size > most:
                         raise too_large
+                    if self._held + len(part) > limits.bodies * limits.body_bytes:
+                        raise _busy("too many large bodies are open")
+                    self._held += len(part)
+                    scope["state"]["held"] += len(part)
                     parts.append(part)
                     more = message.get("more_body", False)
         except TimeoutError as error:
             raise ApiError(
-                408, "the body did not arrive in time", "slow_body", headers={"Connection": "close"}
+                408, "the body did not arrive in time", "slow_body", headers=_CLOSE
             ) from error
         if size and headers.get("content-type", "").partition(";")[0].strip().lower() not in (
             "application/json",
@@ -163,6 +174,10 @@ class Guard:
             return await receive()
 
         return receiving
+
+
+def _busy(message: str) -> ApiError:
+    return ApiError(503, message, "busy", headers={**_CLOSE, "Retry-After": "5"})
 
 
 class _Gone(Exception):

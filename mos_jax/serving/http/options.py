@@ -14,6 +14,8 @@ class Limits:
 
     Attributes:
       body_bytes: of a request's body.
+      bodies: how many of that size are held at a time, or more smaller ones; requests whose body
+        finds no room are answered 503.
       prompt_tokens: of a prompt; 0 is as many as the engine takes.
       output_tokens: of one answer.
       timeout: seconds from a request's acceptance to the end of its answer.
@@ -24,6 +26,7 @@ class Limits:
     """
 
     body_bytes: int = 1 << 20
+    bodies: int = 64
     prompt_tokens: int = 0
     output_tokens: int = 4096
     timeout: float = 600.0
@@ -36,6 +39,7 @@ class Limits:
         """Checks the values. Raises InputError."""
         for name, least in (
             ("body_bytes", 1024),
+            ("bodies", 1),
             ("prompt_tokens", 0),
             ("output_tokens", 1),
             ("connections", 1),

@@ -11,6 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 from mos_jax import EngineOptions
+from mos_jax.serving.http.guard import PUBLIC
 from mos_jax.serving.http.options import Limits
 from mos_jax.serving.http.schemas import AdapterBody, ChatBody, CompletionBody
 from tests.serving.fixtures_tenants import LORA, tenants_in
@@ -216,6 +217,47 @@ class TestLimits:
                 "/v1/completions", content=parts(), headers={"Content-Type": "application/json"}
             )
         assert answer.status_code == 413
+
+    @pytest.mark.parametrize(
+        ("method", "path"),
+        [
+            *(("POST", path) for path in PUBLIC),
+            *(("GET", path) for path in (*PUBLIC, "/v1/models", "/metrics")),
+            ("DELETE", "/v1/adapters/anna"),
+            ("HEAD", "/health"),
+            ("PUT", "/v1/completions"),
+        ],
+    )
+    def test_no_body_where_none_is_taken(self, live, method, path):
+        key = ADMIN if path.startswith(("/v1/adapters", "/metrics")) else ALL
+        head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\n"
+        for rest in ("Content-Length: 1\r\n\r\n", "Transfer-Encoding: chunked\r\n\r\n1\r\nx\r\n"):
+            with raw(live) as connection:
+                connection.sendall((head + rest).encode())  # and the body goes on
+                answer = b"".join(iter(lambda: connection.recv(4096), b""))
+            assert answer.startswith(b"HTTP/1.1 413 "), answer
+            if method != "HEAD":
+                assert b'"code":"body_too_large"' in answer
+
+    def test_all_bodies_together(self, made):
+        with fake_server(*made, limits=Limits(body_bytes=4096, bodies=1)) as live:
+            assert post(live, {**TEXT, "user": "x" * 3000}).status_code == 200
+            with raw(live) as connection:
+                connection.sendall(
+                    b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 4096\r\n"
+                    + f"Authorization: Bearer {ALL}\r\n\r\n".encode()
+                    + b" " * 3000
+                )
+                wait_for(lambda: post(live, {**TEXT, "user": "x" * 3000}).status_code == 503)
+                answer = post(live, {**TEXT, "user": "x" * 3000})
+                assert answer.json()["error"]["code"] == "busy"
+                assert int(answer.headers["Retry-After"]) >= 1
+                assert post(live, {**TEXT, "max_tokens": 2}).status_code == 200
+            # What has been held is free again, by all that ended in some way.
+            wait_for(lambda: post(live, {**TEXT, "user": "x" * 3000}).status_code == 200)
+            for _ in range(3):
+                assert post(live, {"x": "x" * 3000, "prompt": 1}).status_code == 400
+            assert post(live, {**TEXT, "user": "x" * 3900}).status_code == 200
 
     def test_a_body_that_does_not_come(self, live):
         with raw(live) as connection:
