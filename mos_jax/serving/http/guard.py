@@ -106,6 +106,8 @@ class Guard:
         admin = any(path == place or path.startswith(f"{place}/") for place in ADMIN)
         if path in PUBLIC:
             return ANYBODY
+        if service.connections() > service.limits.connections:
+            raise _busy("too many connections are open")
         if not len(service.keyring):
             if admin and path != "/metrics":
                 raise ApiError(403, "the server was started without an administrator's key")

@@ -184,9 +184,6 @@ def build_service(
     engine = Engine(base, bank, launch.engine)
     metrics = Metrics(engine.summary, tenants=launch.tenant_figures)
     engine.observe(metrics)
-    # A page of the web whose name was made to point here must not read what is open to all.
-    names = {"localhost", "127.0.0.1", "::1", launch.host.lower()}
-    hosts = None if len(keyring) or launch.open else frozenset(names - set(_WILDCARDS))
     service = Service(
         engine,
         launch.base_id or _base_id(launch.base),
@@ -194,9 +191,21 @@ def build_service(
         launch.limits,
         metrics,
         [Path(folder) for folder in launch.adapters],
-        hosts,
+        called_by(launch, keyring),
     )
     return service, refused
+
+
+def called_by(launch: Launch, keyring: Keyring) -> frozenset[str] | None:
+    """The names that a server answers to, lower-cased; None for any.
+
+    Without keys, a page of the web whose name was made to point to this machine (DNS rebinding)
+    could read what is open to all. Where a server is opened to others, as `Launch.open` means it,
+    nothing says by which names they call it, and whoever reaches it may ask anyway.
+    """
+    if len(keyring) or (launch.open and not is_loopback(launch.host)):
+        return None
+    return frozenset({"localhost", "127.0.0.1", "::1", launch.host.lower()})
 
 
 def describe(service: Service, server: Server) -> str:

@@ -21,7 +21,8 @@ class Limits:
       timeout: seconds from a request's acceptance to the end of its answer.
       body_seconds: within which a body must have arrived.
       write_seconds: how long a client may take no byte of an answer before it is given up.
-      connections: open ones; further ones are answered 503.
+      connections: open ones; while there are more, all but what is open to anybody, such as
+        `/health`, is answered 503.
       drain_seconds: how long the server waits for open answers when it is told to end.
     """
 

@@ -77,10 +77,11 @@ class Server(uvicorn.Server):
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            limit_concurrency=service.limits.connections,
             timeout_graceful_shutdown=_FLUSH_SECONDS,
         )
         super().__init__(config)
+        # `Guard` bounds them: uvicorn would answer in plain text, and no figure would count it.
+        service.connections = lambda: len(self.server_state.connections)
         self._listening = listening
         self._told = 0
         self._loop: asyncio.AbstractEventLoop | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,6 +43,7 @@ class Service:
       hosts: names by which the server may be called; None for any.
       state: whether it takes requests.
       started: seconds, by `time.time`.
+      connections: how many there are now.
     """
 
     engine: Engine
@@ -54,6 +55,7 @@ class Service:
     hosts: frozenset[str] | None = None
     state: State = "starting"
     started: float = dataclasses.field(default_factory=time.time)
+    connections: Callable[[], int] = lambda: 0
 
     def __post_init__(self) -> None:
         """Raises InputError if the base has the name of a tenant, or one that no model can have."""

@@ -91,6 +91,27 @@ def test_one_who_reads_nothing_holds_up_nobody_and_is_given_up(live):
         assert slow.recv(100).startswith(b"HTTP/1.1 200 ")
 
 
+def test_too_many_connections_are_told_in_the_same_form(made):
+    with fake_server(*made, limits=Limits(connections=3)) as live:
+        sample = live.service.metrics.registry.get_sample_value
+        assert live.chat(max_tokens=2).status_code == 200
+        idle = [raw(live) for _ in range(3)]
+        wait_for(lambda: live.service.connections() >= 3)
+        answer = live.chat(max_tokens=2)
+        assert answer.status_code == 503
+        error = answer.json()["error"]
+        assert (error["type"], error["code"]) == ("server_error", "busy")
+        assert int(answer.headers["Retry-After"]) >= 1
+        assert answer.headers["Connection"] == "close"
+        assert sample("mos_http_requests_total", {"route": "none", "status": "503"}) == 1
+        with live.client(None) as client:  # or whoever watches it would restart it
+            assert client.get("/health/live").status_code == 200
+        for connection in idle:
+            connection.close()
+        wait_for(lambda: live.service.connections() == 0)
+        assert live.chat(max_tokens=2).status_code == 200
+
+
 def test_the_first_signal_lets_open_answers_end(live):
     live.runner.gate = threading.Semaphore(0)
     found = []
