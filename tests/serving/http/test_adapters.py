@@ -7,6 +7,7 @@ import threading
 
 import pytest
 
+from mos_jax.adapters import storage
 from tests.serving.fixtures_tenants import LORA, MOS, tenants_in
 from tests.serving.http.fixtures_http import ADMIN, fake_server, keyring, wait_for
 
@@ -53,6 +54,23 @@ def test_one_comes_answers_and_goes(live, admin, root):
     }
     assert live.chat("late").status_code == 404
     assert admin.delete("/v1/adapters/late").status_code == 404
+
+
+def test_its_arrays_are_read_once(live, admin, root, monkeypatch):
+    read, whole = [], storage.read_bytes
+
+    def counted(path, *limits):
+        read.append(path.parent.name)
+        return whole(path, *limits)
+
+    monkeypatch.setattr(storage, "read_bytes", counted)
+    for like in ("anna", "ben"):
+        name = f"once-{like}"
+        shutil.copytree(root / like, root / name)
+        assert load(admin, name).status_code == 201
+        assert live.chat(name).status_code == 200
+        assert read.count(name) == 1
+        assert admin.delete(f"/v1/adapters/{name}").status_code == 200
 
 
 def test_one_in_use_goes_when_its_requests_have_ended(live, admin, root):
