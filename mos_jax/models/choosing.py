@@ -94,7 +94,9 @@ def keep_likeliest(logits: jax.Array, top_p: jax.Array, top_k: jax.Array) -> jax
     least = jnp.where(top_k > 0, _first(few, top_k.shape), jnp.int32(_LOWEST))
     mass = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
     mass = jnp.where(ordered >= least[:, None], mass, jnp.float32(0))
-    wanted = top_p * jnp.sum(mass, axis=-1)
+    # A share too small for a normal fp32 would be taken for 0, and nothing has less mass than that.
+    share = jnp.maximum(top_p, jnp.float32(np.finfo(np.float32).tiny))
+    wanted = share * jnp.sum(mass, axis=-1)
 
     def light(threshold: jax.Array) -> jax.Array:
         above = jnp.where(ordered > threshold[:, None], mass, jnp.float32(0))

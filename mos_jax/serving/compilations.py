@@ -1,4 +1,7 @@
-"""Counts what XLA compiles, so that a server can show that it has stopped compiling."""
+"""Counts what XLA compiles in a thread, so that an engine can show that its own has stopped.
+
+Loading an adapter of a kind new to the bank may compile small programs in the thread that loads it.
+"""
 
 from __future__ import annotations
 

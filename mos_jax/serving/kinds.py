@@ -8,6 +8,7 @@ says of their arrays is checked when they are read.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -29,6 +30,7 @@ from mos_jax.adapters.storage import CARD_FILE, AdapterCard, load_adapter, read_
 from mos_jax.errors import InputError
 from mos_jax.interop.peft import read_peft_factors
 from mos_jax.interop.peft_config import CONFIG_FILE as PEFT_CONFIG
+from mos_jax.interop.peft_folder import ARRAYS_FILE as PEFT_ARRAYS
 
 MAX_NAME = 64
 _NAME = re.compile(rf"[A-Za-z0-9](?:[A-Za-z0-9._-]{{0,{MAX_NAME - 1}}})")
@@ -67,23 +69,37 @@ def is_peft(folder: Path) -> bool:
     return (folder / PEFT_CONFIG).is_file() and not (folder / CARD_FILE).is_file()
 
 
-def read_key(folder: Path, sites: Sites, base_fingerprint: str | None) -> str:
-    """The key of an adapter's kind, from its card alone.
+def read_key(folder: Path, sites: Sites, base_fingerprint: str | None) -> tuple[str, str]:
+    """The key of an adapter's kind, and a digest of all that its factors depend on.
+
+    Both come from the card alone, which has the digest of its file; of PEFT, whose configuration
+    has none, the digest is that of both files.
 
     Raises:
       InputError: for no adapter, a malformed card, or one for another base.
     """
     if is_peft(folder):
-        return PEFT
+        return PEFT, _digest_of_peft(folder)
     card = read_card(folder)
     check_base(folder, card, sites, base_fingerprint)
-    return _key(card)
+    return _key(card), _digest(card)
 
 
 def _key(card: AdapterCard) -> str:
     shapes = {name: dataclasses.astuple(site) for name, site in card.sites.items()}
     common = [card.method, card.config, shapes, card.scale, card.routing_checksum]
     return json.dumps(common, sort_keys=True)
+
+
+def _digest(card: AdapterCard) -> str:
+    return hashlib.sha256(f"{_key(card)} {card.arrays_sha256}".encode()).hexdigest()
+
+
+def _digest_of_peft(folder: Path) -> str:
+    files = [folder / PEFT_CONFIG, folder / PEFT_ARRAYS]
+    # What is missing or no file is refused by whoever reads it.
+    parts = [hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.is_file()]
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
 
 def make_kind(key: str, folder: Path, sites: Sites, base_fingerprint: str | None) -> Kind:
@@ -104,13 +120,13 @@ def make_kind(key: str, folder: Path, sites: Sites, base_fingerprint: str | None
 
 
 def read_tenant_arrays(
-    kind: Kind, folder: Path, sites: Sites, base_fingerprint: str | None
+    kind: Kind, digest: str, folder: Path, sites: Sites, base_fingerprint: str | None
 ) -> dict[str, np.ndarray]:
     """The arrays of a MoS tenant, whose file is what its card says and whose card is of the kind.
 
     Raises:
-      InputError: for another base, another kind than when it was registered, or a file that is
-        not the one that the card describes.
+      InputError: for another base, another kind or other arrays than when it was registered, or a
+        file that is not the one that the card describes.
     """
     card = read_card(folder)
     check_base(folder, card, sites, base_fingerprint)
@@ -119,19 +135,37 @@ def read_tenant_arrays(
             f"{folder} has another configuration or routing table than when it was registered; "
             "remove the tenant and register it again"
         )
-    return read_arrays(folder, card, kind.stored)
+    arrays = read_arrays(folder, card, kind.stored)
+    _check_unchanged(folder, digest, _digest(card))
+    return arrays
 
 
-def read_factors(folder: Path, sites: Sites, base_fingerprint: str | None) -> Mapping[str, LowRank]:
+def read_factors(
+    digest: str, folder: Path, sites: Sites, base_fingerprint: str | None
+) -> Mapping[str, LowRank]:
     """The factors of a tenant of any other kind.
 
     Raises:
-      InputError: if the adapter is damaged or for another base.
+      InputError: if the adapter is damaged, for another base, or another than when it was
+        registered.
     """
+    factors: Mapping[str, LowRank]
     if is_peft(folder):
-        return read_peft_factors(folder, sites)
-    adapter: Adapter = load_adapter(folder, sites=sites, base_fingerprint=base_fingerprint)
-    return adapter.factors()
+        factors = read_peft_factors(folder, sites)
+    else:
+        adapter: Adapter = load_adapter(folder, sites=sites, base_fingerprint=base_fingerprint)
+        factors = adapter.factors()
+    # Afterwards, so that a folder that is replaced meanwhile is seen, too.
+    _check_unchanged(folder, digest, read_key(folder, sites, base_fingerprint)[1])
+    return factors
+
+
+def _check_unchanged(folder: Path, known: str, found: str) -> None:
+    if found != known:
+        raise InputError(
+            f"{folder} has changed on disk since it was registered; unload the tenant and load it "
+            "again"
+        )
 
 
 def adapter_folders(folder: str | os.PathLike[str]) -> list[Path]:

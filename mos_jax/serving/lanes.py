@@ -1,9 +1,10 @@
-"""A tenant that is known, and slabs with the slots of those that are on the device."""
+"""Tenants that are known, their kinds, and slabs with the slots of those on the device."""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import jax
 from mos_jax.adapters.sites import Sites, SiteShape
 from mos_jax.errors import InputError
 from mos_jax.serving.assembled import AssembledCache
-from mos_jax.serving.kinds import Kind
+from mos_jax.serving.kinds import Kind, read_factors, read_tenant_arrays
 from mos_jax.serving.options import BankOptions
 from mos_jax.serving.slabs import FactorSlab, PoolSlab, Slab
 from mos_jax.serving.slots import Slots
@@ -23,12 +24,67 @@ FACTORS = "factors"
 
 @dataclasses.dataclass(frozen=True)
 class Tenant:
-    """A known tenant: its name, its folder, its kind, and the key of its slab."""
+    """A known tenant.
+
+    Attributes:
+      name: its name.
+      folder: of its adapter.
+      kind: its kind.
+      slab: the key of its slab.
+      digest: of what the folder held when it was registered.
+      number: how many were registered before it, of any name.
+    """
 
     name: str
     folder: Path
     kind: Kind
     slab: str
+    digest: str
+    number: int
+
+
+class KnownKinds:
+    """The kinds of the tenants that are registered, and how many each has."""
+
+    def __init__(self) -> None:
+        self._kinds: dict[str, tuple[Kind, str]] = {}
+        self._tenants: collections.Counter[str] = collections.Counter()
+
+    def __len__(self) -> int:
+        """Number of kinds."""
+        return len(self._kinds)
+
+    def __iter__(self) -> Iterator[tuple[Kind, str]]:
+        """The kinds, each with the key of its slab."""
+        return iter(self._kinds.values())
+
+    def get(self, key: str) -> Kind | None:
+        """The kind of this key, if there is one."""
+        found = self._kinds.get(key)
+        return found[0] if found is not None else None
+
+    def place(
+        self, name: str, kind: Kind, lanes: Mapping[str, Lane] | None, options: BankOptions
+    ) -> tuple[Kind, str]:
+        """The kind of a tenant as it is to be kept, and its slab; see `choose_slab`."""
+        if kind.key in self._kinds:
+            return self._kinds[kind.key]
+        slab = choose_slab(name, kind, self, lanes, options)
+        # Only a slab of pools needs routing tables, which lie on the device.
+        return (dataclasses.replace(kind, template=None) if slab == FACTORS else kind), slab
+
+    def enter(self, tenant: Tenant) -> None:
+        """One more tenant of its kind."""
+        self._kinds.setdefault(tenant.kind.key, (tenant.kind, tenant.slab))
+        self._tenants[tenant.kind.key] += 1
+
+    def leave(self, tenant: Tenant, is_open: bool) -> None:
+        """One fewer; once a bank is open, the last takes its kind along, unless it has a slab."""
+        key = tenant.kind.key
+        self._tenants[key] -= 1
+        # A slab of a kind's own is there for good, and so is all that finds it.
+        if not self._tenants[key] and is_open and tenant.slab == FACTORS:
+            del self._tenants[key], self._kinds[key]
 
 
 @dataclasses.dataclass
@@ -37,6 +93,15 @@ class Lane:
 
     slab: Slab
     slots: Slots
+
+    def read(self, tenant: Tenant, sites: Sites, base_fingerprint: str | None) -> Any:
+        """A tenant's slot on the host. Raises InputError if its folder is damaged or changed."""
+        slab, folder = self.slab, tenant.folder
+        if isinstance(slab, PoolSlab):
+            arrays = read_tenant_arrays(tenant.kind, tenant.digest, folder, sites, base_fingerprint)
+            return slab.entry(arrays)
+        factors = read_factors(tenant.digest, folder, sites, base_fingerprint)
+        return slab.entry(tenant.name, factors)
 
     def warm_up(self, cache: AssembledCache | None) -> None:
         """Compiles what places a tenant, and what assembles it for a cache."""

@@ -34,6 +34,7 @@ class Node:
       slot: where its keys and values lie.
       held: whether it can still be found.
       next: by their tokens.
+      registration: of a root, that of its tenant.
     """
 
     parent: Node | None
@@ -41,6 +42,7 @@ class Node:
     slot: int
     held: bool = True
     next: dict[bytes, Node] = dataclasses.field(default_factory=dict)
+    registration: int = 0
 
 
 class Prefixes:
@@ -80,11 +82,17 @@ class Prefixes:
         """Bytes on the device; they never change."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self._store))
 
-    def find(self, tenant: str, tokens: np.ndarray) -> list[Node]:
-        """The longest chain of whole pieces at the start of int32 tokens; its root comes first."""
+    def find(self, tenant: str, tokens: np.ndarray, registration: int = 0) -> list[Node]:
+        """The longest chain of whole pieces at the start of int32 tokens; its root comes first.
+
+        Pieces of another registration of the tenant, whose weights may differ, are dropped.
+        """
         root = self._roots.get(tenant)
+        if root is not None and root.registration != registration:
+            self.forget(tenant)
+            root = None
         if root is None:
-            root = self._roots[tenant] = Node(None, b"", -1)
+            root = self._roots[tenant] = Node(None, b"", -1, registration=registration)
         chain = [root]
         for start in range(0, len(tokens) - self.size + 1, self.size):
             node = chain[-1].next.get(tokens[start : start + self.size].tobytes())

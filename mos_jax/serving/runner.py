@@ -1,10 +1,11 @@
 """What a serving engine runs on the device: prompts in pieces, and one decode step for all rows.
 
 A row is a place for one request: a part of the key-value cache, and an entry of every array of the
-step. Rows may be of any tenants. All shapes are fixed, so that nothing is compiled after `warm_up`
-and that the numbers of a row do not depend, to the bit, on who is in the others: a prompt is cut
-into pieces that depend on it alone, each computed by itself, and the decode step computes every row
-in the same way whatever the others hold.
+step. Rows may be of any tenants. All shapes are fixed, so that its thread compiles nothing after
+`warm_up` (loading an adapter of a kind new to the bank may compile beside it, in the thread that
+loads), and that the numbers of a row do not depend, to the bit, on who is in the others: a prompt
+is cut into pieces that depend on it alone, each computed by itself, and the decode step computes
+every row in the same way whatever the others hold.
 
 Axis legend: B rows, S tokens of a piece, V vocabulary.
 """
@@ -119,7 +120,7 @@ class Runner:
         return self._compilations.count
 
     def warm_up(self) -> None:
-        """Compiles every program that it and its bank will ever run.
+        """Compiles every program that this thread will ever run, those of the bank included.
 
         Raises:
           InputError: if a row is taken.
@@ -157,11 +158,13 @@ class Runner:
             raise InputError(f"a prompt must have 1 to {self.length} tokens, got {len(tokens)}")
         if tokens.min() < 0 or tokens.max() >= vocabulary:
             raise InputError(f"the prompt holds a token id outside 0..{vocabulary - 1}")
-        own = self._row[row] = _Row(tokens, tenant, sampling)
+        own = _Row(tokens, tenant, sampling)
         if self._prefixes is not None:
-            chain = self._prefixes.find(tenant, tokens[:-1])
+            registration = 0 if tenant == BASE_NAME else self._bank.registration(tenant)
+            chain = self._prefixes.find(tenant, tokens[:-1], registration)
             self._cache = self._prefixes.restore(self._cache, row, chain)
             own.filled, own.piece = self._prefixes.size * (len(chain) - 1), chain[-1]
+        self._row[row] = own
         return own.filled
 
     def prefill(self, row: int) -> bool:

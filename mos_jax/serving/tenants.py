@@ -11,6 +11,7 @@ any thread may call the rest.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -25,19 +26,11 @@ from mos_jax.adapters.sites import Sites, check_sites
 from mos_jax.errors import InputError
 from mos_jax.models.base import Base
 from mos_jax.serving.assembled import AssembledCache
-from mos_jax.serving.kinds import (
-    Kind,
-    adapter_folders,
-    check_tenant_name,
-    make_kind,
-    read_factors,
-    read_key,
-    read_tenant_arrays,
-)
-from mos_jax.serving.lanes import FACTORS, Lane, Tenant, allocate, choose_slab, planned_bytes
+from mos_jax.serving.kinds import adapter_folders, check_tenant_name, make_kind, read_key
+from mos_jax.serving.lanes import FACTORS, KnownKinds, Lane, Tenant, allocate, planned_bytes
 from mos_jax.serving.loading import HostTier, Loader
 from mos_jax.serving.options import BankOptions
-from mos_jax.serving.slabs import PoolSlab, Rows, Slab, SummedRows
+from mos_jax.serving.slabs import Rows, Slab, SummedRows
 from mos_jax.serving.uses import Use
 
 # Batches whose factors are remembered; a decoder asks for one again and again.
@@ -72,7 +65,7 @@ class TenantBank:
         self.options = options if options is not None else BankOptions()
         self._fingerprint = base_fingerprint
         self._tenants: dict[str, Tenant] = {}
-        self._kinds: dict[str, tuple[Kind, str]] = {}
+        self._kinds, self._registered = KnownKinds(), itertools.count()
         self._lanes: dict[str, Lane] | None = None
         self._cache: AssembledCache | None = None
         self._loading: dict[str, list[Use]] = {}
@@ -101,7 +94,9 @@ class TenantBank:
     def register(self, name: str, folder: str | os.PathLike[str], read: bool = False) -> None:
         """Makes a tenant known; its arrays are read when it is first asked for.
 
-        Only its card is read, and checked against the base; of the first tenant of a kind, all.
+        Only its card is read, and checked against the base; all is of PEFT, and of the first tenant
+        of a kind. What it holds then is what the tenant is: a folder that is changed later is
+        refused when it is read again.
 
         Args:
           name: of the tenant.
@@ -114,28 +109,23 @@ class TenantBank:
         """
         check_tenant_name(name)
         path = Path(folder).resolve()
-        key = read_key(path, self.sites, self._fingerprint)
-        known = self._kinds.get(key)
-        kind = known[0] if known else make_kind(key, path, self.sites, self._fingerprint)
-        with self._lock:
-            if name in self._tenants:
-                raise InputError(f"there is a tenant {name!r} already; remove it first")
-            if kind.key not in self._kinds:
-                self._kinds[kind.key] = (
-                    kind,
-                    choose_slab(name, kind, self._kinds.values(), self._lanes, self.options),
-                )
-            tenant = Tenant(name, path, *self._kinds[kind.key])
         try:
-            entry = self._read(name, tenant) if read else None
+            key, digest = read_key(path, self.sites, self._fingerprint)
+            kind = self._kinds.get(key) or make_kind(key, path, self.sites, self._fingerprint)
+            with self._lock:
+                self._check_free(name)
+                place = self._kinds.place(name, kind, self._lanes, self.options)
+                tenant = Tenant(name, path, *place, digest, next(self._registered))
+                if not read:
+                    self._enter(tenant)
+                    return
+            entry = self._read(name, tenant)
         except OSError as error:
             raise InputError(f"{name!r} cannot be read: {error}") from error
         with self._lock:
-            if name in self._tenants:
-                raise InputError(f"there is a tenant {name!r} already; remove it first")
-            self._tenants[name] = tenant
-            if read:
-                self.host.put(name, entry)
+            self._check_free(name)
+            self._enter(tenant)
+            self.host.put(name, entry)
 
     def register_folder(self, folder: str | os.PathLike[str]) -> dict[str, str]:
         """Registers each folder in `folder` under its own name.
@@ -166,6 +156,7 @@ class TenantBank:
             if name in self._loading or (lane is not None and lane.slots.pins(name)):
                 raise InputError(f"{name!r} is in use; remove it when that has ended")
             del self._tenants[name]
+            self._kinds.leave(tenant, is_open=self._lanes is not None)
             self.host.drop(name)
             if lane is not None:
                 lane.slots.forget(name)
@@ -179,13 +170,13 @@ class TenantBank:
         with self._lock:
             if self._lanes is not None:
                 return
-            lanes, self._cache = allocate(self._kinds.values(), self.sites, self.options)
+            lanes, self._cache = allocate(self._kinds, self.sites, self.options)
             self._lanes = lanes
 
     def planned_bytes(self, slots: int) -> int:
         """Bytes that `open` would allocate with so many slots, from shapes alone."""
         options = dataclasses.replace(self.options, slots=slots)
-        return planned_bytes(self._kinds.values(), self.sites, options)
+        return planned_bytes(self._kinds, self.sites, options)
 
     def warm_up(self) -> None:
         """Compiles all that reading and placing tenants of the kinds known will ever run."""
@@ -314,6 +305,11 @@ class TenantBank:
                 self._given[given] = rows
             return self._given[given]
 
+    def registration(self, name: str) -> int:
+        """A number that no other registration of a name has. Raises InputError if unknown."""
+        with self._lock:
+            return self._tenant(name).number
+
     def slab_of(self, name: str) -> str:
         """Which slab a tenant lies in, whose slots it shares. Raises InputError if unknown."""
         with self._lock:
@@ -354,11 +350,7 @@ class TenantBank:
 
     def _read(self, name: str, tenant: Tenant) -> Any:
         """A tenant's slot on the host; runs in the loader's thread."""
-        slab, kind = self._lane(tenant).slab, tenant.kind
-        if isinstance(slab, PoolSlab):
-            arrays = read_tenant_arrays(kind, tenant.folder, self.sites, self._fingerprint)
-            return slab.entry(arrays)
-        return slab.entry(name, read_factors(tenant.folder, self.sites, self._fingerprint))
+        return self._lane(tenant).read(tenant, self.sites, self._fingerprint)
 
     def _make_rows(self, names: Sequence[str]) -> Rows | None:
         assert self._lanes is not None
@@ -382,6 +374,14 @@ class TenantBank:
             return rows
         sources = tuple(lane.slab.rows(at[key]) for key, lane in self._lanes.items())
         return SummedRows(sources) if len(sources) > 1 else next(iter(sources), None)
+
+    def _check_free(self, name: str) -> None:
+        if name in self._tenants:
+            raise InputError(f"there is a tenant {name!r} already; remove it first")
+
+    def _enter(self, tenant: Tenant) -> None:
+        self._tenants[tenant.name] = tenant
+        self._kinds.enter(tenant)
 
     def _tenant(self, name: str) -> Tenant:
         if name not in self._tenants:

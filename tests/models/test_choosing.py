@@ -52,6 +52,14 @@ def test_what_stays_is_what_the_definition_says(halves, top_k, top_p):
     np.testing.assert_array_equal(got[np.isfinite(got)], row[np.isfinite(got)])
 
 
+@pytest.mark.parametrize("top_p", [1e-38, 1e-40, 1e-46])
+@pytest.mark.parametrize("top_k", [0, 2])
+def test_the_smallest_shares_leave_the_likeliest(top_p, top_k):
+    logits = jnp.tile(jnp.asarray([1.2, 0.1, -0.5, 2.0, 1.9], jnp.float32), (50, 1))
+    rows = controls([(3.0, top_p, top_k, seed) for seed in range(50)])
+    np.testing.assert_array_equal(run(logits, jnp.arange(50), rows), 3)
+
+
 @pytest.mark.parametrize(("temperature", "top_p", "top_k"), SETTINGS[1:])
 def test_tokens_are_drawn_with_the_exact_probabilities(temperature, top_p, top_k):
     logits = np.asarray([1.2, 0.1, 2.0, -0.5, 1.9, -3.0, 0.7], np.float32)

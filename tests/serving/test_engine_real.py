@@ -103,6 +103,27 @@ def test_other_weights_under_the_same_name_are_used(engine, base):
     assert engine.complete(ask["a"]).tokens == before["b"]
 
 
+def test_weights_never_change_while_a_tenant_is_known(engine, base):
+    prompt = tuple(range(100, 140))
+    greedy = TokenSampling(max_tokens=10)
+    before = engine.complete(Request("c", prompt, greedy)).tokens
+    other = engine.complete(Request("d", prompt, greedy)).tokens
+    assert before != other
+    shutil.rmtree(engine.folder / "c")
+    write(engine.folder, base, "c", NAMES.index("d"))
+    for name in "ab":  # take both slots
+        engine.complete(Request(name, prompt, greedy))
+    answer = engine.complete(Request("c", prompt, greedy))
+    assert answer.done.reason == "error"
+    assert "has changed on disk since it was registered" in answer.done.detail
+    # Behind the engine's back, so that it forgets no prefixes by itself.
+    engine.bank.remove("c")
+    engine.bank.register("c", engine.folder / "c")
+    answer = engine.complete(Request("c", prompt, greedy))
+    assert (answer.tokens, answer.done.cached_tokens) == (other, 0)
+    assert engine.complete(Request("c", prompt, greedy)).done.cached_tokens == 32
+
+
 def test_bytes_and_programs_stay_as_they_were(engine):
     before = engine.nbytes, engine.summary()["runner"]["compilations"]
     for stream in [engine.stream(request) for request in requests(12)]:

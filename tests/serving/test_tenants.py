@@ -1,3 +1,4 @@
+import gc
 import json
 import shutil
 import sys
@@ -9,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mos_jax import InputError, MoSConfig, save_adapter
+from mos_jax import InputError, LoRAConfig, MoSConfig, save_adapter
 from mos_jax.adapters.bank import BASE_NAME
 from mos_jax.adapters.factor_slots import write_slot
 from mos_jax.interop.peft import export_peft
-from mos_jax.serving import kinds, slabs, tenants
+from mos_jax.serving import kinds, lanes, slabs, tenants
 from mos_jax.serving.options import BankOptions
 from mos_jax.serving.tenants import TenantBank
 from tests.adapters.fixtures_adapters import quick_jit
@@ -193,14 +194,14 @@ class TestTiers:
     def test_reading_stops_nobody(self, many, monkeypatch):
         bank, _, _ = many
         go = threading.Event()
-        read = tenants.read_tenant_arrays
+        read = lanes.read_tenant_arrays
         with bank.using("a"):
 
-            def slow(kind, folder, *rest):
+            def slow(*args):
                 assert go.wait(60)
-                return read(kind, folder, *rest)
+                return read(*args)
 
-            monkeypatch.setattr(tenants, "read_tenant_arrays", slow)
+            monkeypatch.setattr(lanes, "read_tenant_arrays", slow)
             first, second = bank.request("b"), bank.request("b")
             assert bank.poll() == []
             rows = bank.for_rows(["a", BASE_NAME])  # goes on meanwhile
@@ -379,6 +380,44 @@ class TestRefusals:
             pass
         bank.close()
 
+    @pytest.mark.parametrize("name", ["a", "c", "e"], ids=["pools", "factors", "peft"])
+    def test_other_weights_in_a_folder_are_refused_until_it_is_registered_again(
+        self, folder, tmp_path, name
+    ):
+        shutil.copytree(folder[0] / name, tmp_path / name)
+        bank, _ = bank_of(tmp_path, host_bytes=0)
+        before = bank.registration(name)
+        with bank.using(name):
+            pass
+        bank.open()
+        shutil.rmtree(tmp_path / name)
+        if name == "e":
+            other = filled_adapter({"v_proj": DECODER.sites["v_proj"]}, LORA, 5)
+            export_peft(tmp_path / "e", other.factors(), base_name="tiny-random", num_layers=2)
+        else:
+            other = filled_adapter(DECODER.sites, MOS if name == "a" else LORA, 5)
+            save_adapter(tmp_path / name, other, base_fingerprint=FINGERPRINT)
+        lane = next(iter(bank._lanes.values()))
+        lane.slots.forget(name)  # as if others had taken its slot
+        with pytest.raises(InputError, match="has changed on disk since it"), bank.using(name):
+            pass
+        bank.remove(name)
+        bank.register(name, tmp_path / name)
+        assert bank.registration(name) != before
+        with bank.using(name):
+            f = bank.for_rows([name])(1)["v_proj"]
+            np.testing.assert_array_equal(f.b[0], other.factors(1)["v_proj"].b)
+        bank.close()
+
+    def test_the_scale_of_a_lora_is_part_of_it(self, tmp_path):
+        tenants_in(tmp_path, a=LORA)
+        bank, _ = bank_of(tmp_path)
+        other = filled_adapter(DECODER.sites, LoRAConfig(rank=2, alpha=40), 0)
+        save_adapter(tmp_path / "a", other, base_fingerprint=FINGERPRINT)
+        with pytest.raises(InputError, match="has changed on disk since it"), bank.using("a"):
+            pass
+        bank.close()
+
     def test_an_open_bank_takes_what_fits_as_factors_and_refuses_the_rest(self, tmp_path):
         tenants_in(tmp_path, a=MOS)
         bank, _ = bank_of(tmp_path, factor_rank=2)
@@ -390,6 +429,36 @@ class TestRefusals:
         with bank.using("fits", "a"):
             f = bank.for_rows(["a", "fits"])(1)["o_proj"]
             np.testing.assert_array_equal(f.b[1, :2], adapter.factors(1)["o_proj"].b)
+        bank.close()
+
+    def test_a_kind_is_known_as_long_as_it_has_tenants_or_a_slab(self, tmp_path):
+        tenants_in(tmp_path, a=MOS)
+        bank, _ = bank_of(tmp_path, factor_rank=2, host_bytes=0)
+        bank.open()
+        more = tmp_path / "more"
+        tenants_in(more, one=WIDTH, two=WIDTH, torn=MoSConfig(2, 2))
+        (more / "torn/adapter.safetensors").write_bytes(b"no tensors")
+        gc.collect()
+        arrays = len(jax.live_arrays())
+        for _ in range(2):
+            bank.register("one", more / "one", read=True)
+            bank.register("two", more / "two")
+            assert len(bank._kinds) == 2
+            gc.collect()
+            assert len(jax.live_arrays()) == arrays  # its routing tables are nowhere
+            bank.remove("one")
+            assert len(bank._kinds) == 2
+            bank.remove("two")
+            assert len(bank._kinds) == 1
+        with pytest.raises(InputError, match="SHA-256 differs"):
+            bank.register("torn", more / "torn", read=True)
+        with pytest.raises(InputError, match="a tenant 'a' already"):
+            bank.register("a", more / "one", read=True)
+        assert len(bank._kinds) == 1
+        bank.remove("a")
+        bank.register("a", tmp_path / "a", read=True)
+        with bank.using("a"):
+            assert bank.summary()["slabs"][0]["in_use"] == 1
         bank.close()
 
     def test_options_and_unknown_names(self, tmp_path):
