@@ -1,7 +1,8 @@
 r"""What a training step needs on TPUs, from the real TPU compiler, without a TPU and weights.
 
-`make planner` builds the environment that the compiler lives in, once. A compile takes one to
-several minutes; what was compiled before is kept in the user's cache and costs nothing.
+`make planner` builds the environment that the compiler lives in, once. A compile takes
+minutes; on a busy machine over twenty. What was compiled before is kept in the user's cache and
+costs nothing.
 
 python experiments/plan.py --config=configs/paper/llama2_7b.py --topology=v5e:4x4
 python experiments/plan.py --config=configs/paper/llama2_7b.py --topology=v5e:4x4 \
@@ -30,7 +31,7 @@ SEARCH = flags.DEFINE_bool("search", False, "Try meshes, batches and remat polic
 ROWS = flags.DEFINE_list(
     "rows", None, "Batches of a search. Default: 1, 2 and 4 times the config's."
 )
-REMAT = flags.DEFINE_list("remat", None, "Policies of a search. Default: products,full.")
+REMAT = flags.DEFINE_list("remat", None, "Policies of a search. Default: products,attention,full.")
 TRIES = flags.DEFINE_integer(
     "tries", 6, "Compiles of a search at most, and of knobs where a step does not fit.",
     lower_bound=0,

@@ -1,7 +1,9 @@
 r"""LLaMA2 at the paper's settings on TPU slices: MoS beside LoRA, as a table.
 
-Every cell is one compile of one to several minutes; what was compiled before costs nothing, so a
-call that was stopped goes on where it was. The files are written anew after every cell.
+Every cell is one compile: minutes; on a busy machine over twenty. What was compiled before costs
+nothing, so a call that was stopped goes on where it was. The files are written anew after every
+cell; those that --out holds already stay until they are compiled anew, and every cell says what it
+was made with.
 
 python experiments/plans.py --out=results/plans.json --report=results/plans.md
 python experiments/plans.py --out=results/plans.json --report=results/plans.md --known_only
@@ -17,10 +19,10 @@ from absl import flags
 
 from mos_jax import app
 
-OUT = flags.DEFINE_string("out", None, "JSON file.")
+OUT = flags.DEFINE_string("out", None, "JSON file; what it holds already stays.")
 REPORT = flags.DEFINE_string("report", None, "Markdown file.")
 ONLY = flags.DEFINE_multi_string("only", [], "Only cells whose names hold this, or all of these.")
-KNOWN_ONLY = flags.DEFINE_bool("known_only", False, "Leave out what was not compiled before.")
+KNOWN_ONLY = flags.DEFINE_bool("known_only", False, "Leave out what would cost a compile.")
 CACHE = flags.DEFINE_string("cache", None, "Folder of compiled steps. Default: the user's cache.")
 PYTHON = flags.DEFINE_string("python", None, "Python with libtpu. Default: that of `make planner`.")
 

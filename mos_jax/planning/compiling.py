@@ -26,7 +26,7 @@ from mos_jax.files import fresh_file
 from mos_jax.planning.counting import Counts, count_program
 from mos_jax.planning.hlo import read_program
 from mos_jax.planning.request import Request
-from mos_jax.planning.worker import read_refusal
+from mos_jax.planning.worker import UNKNOWN, read_refusal
 
 # Built by `make planner`; looked for beside the package and in the working directory.
 ENVIRONMENT = ".venv-tpu"
@@ -35,8 +35,17 @@ _VERSIONS = (
     "import importlib.metadata as m, json; "
     "print(json.dumps({n: m.version(n) for n in ('jax', 'jaxlib', 'libtpu', 'flax', 'optax')}))"
 )
-# What the compiled step depends on, of this package.
-_SOURCES = ("adapters", "distributed", "models", "evaluation", "training", "planning/outline.py")
+# What the compiled step, and what is kept of it, depends on, of this package.
+_SOURCES = (
+    "adapters",
+    "data/batches.py",
+    "distributed",
+    "evaluation",
+    "models",
+    "planning/outline.py",
+    "planning/worker.py",
+    "training",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,9 +141,26 @@ class Compiler:
             raise InputError(f"{self._python} has no working libtpu ({lines[-1]}); `make planner`")
         return json.loads(done.stdout)
 
+    @property
+    def code(self) -> str:
+        """A digest of the code that the step comes from, as hexadecimal digits."""
+        return _code_digest()
+
     def known(self, request: Request) -> bool:
-        """Whether `request` was compiled before."""
-        return self._noted(self._note(request)) is not None
+        """Whether `request` costs no compile; where the code has changed, its step is traced.
+
+        Raises:
+          InputError: if libtpu or the step refuses what was asked.
+          RuntimeError: if the tracing fails otherwise.
+        """
+        note = self._note(request)
+        if self._noted(note) is not None:
+            return True
+        name = self._work(request, "known")
+        if name == UNKNOWN:
+            return False
+        _write_note(note, name, request)
+        return True
 
     def program(self, request: Request) -> Program:
         """The compiled step of `request`.
@@ -146,9 +172,8 @@ class Compiler:
         note = self._note(request)
         name = self._noted(note)
         if name is None:
-            name = self._compile(request)
-            with fresh_file(note) as file:
-                file.write_text(json.dumps({"program": name, "request": request.to_dict()}))
+            name = self._work(request)
+            _write_note(note, name, request)
             self.compiled += 1
         return self._load(name, request)
 
@@ -160,15 +185,16 @@ class Compiler:
         return name if (self.folder / "programs" / f"{name}.json").is_file() else None
 
     def _note(self, request: Request) -> Path:
-        key = json.dumps([request.digest(), self.versions, _code_digest()], sort_keys=True)
+        key = json.dumps([request.digest(), self.versions, self.code], sort_keys=True)
         name = hashlib.sha256(key.encode()).hexdigest()[:32]
         return self.folder / "requests" / f"{name}.json"
 
-    def _compile(self, request: Request) -> str:
+    def _work(self, request: Request, *options: str) -> str:
+        """The last line of a worker."""
         programs = self.folder / "programs"
         programs.mkdir(parents=True, exist_ok=True)
         asked = json.dumps(request.to_dict())
-        done = self._call("-m", "mos_jax.planning.worker", str(programs), text=asked)
+        done = self._call("-m", "mos_jax.planning.worker", str(programs), *options, text=asked)
         if done.returncode == 2 and (said := re.findall(r"^error: (.*)$", done.stderr, re.M)):
             raise InputError(said[-1])
         if done.returncode:
@@ -233,13 +259,22 @@ def devices(request: Request) -> int:
     return mesh.data * mesh.fsdp * mesh.tensor
 
 
+def _write_note(note: Path, name: str, request: Request) -> None:
+    with fresh_file(note) as file:
+        file.write_text(json.dumps({"program": name, "request": request.to_dict()}))
+
+
 def _root() -> Path:
     return Path(mos_jax.__file__).resolve().parents[1]
 
 
 @functools.cache
 def _code_digest() -> str:
-    package = Path(mos_jax.__file__).resolve().parent
+    return code_digest(Path(mos_jax.__file__).resolve().parent)
+
+
+def code_digest(package: Path) -> str:
+    """SHA-256 of the code of a step, in the folder of a copy of this package."""
     digest = hashlib.sha256()
     for source in _SOURCES:
         place = package / source

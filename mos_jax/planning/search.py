@@ -66,7 +66,7 @@ def candidates(
     Args:
       request: the run.
       rows: batches to try; default: the run's, twice and four times as many.
-      remat: policies to try; default: "full" and "products".
+      remat: policies to try; default: all but "none".
     """
     chips = find_slice(request.topology)
     config = request.config

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from mos_jax.errors import InputError
 from mos_jax.files import fresh_file
 from mos_jax.planning.chips import SOURCE
 from mos_jax.planning.compiling import Compiler
@@ -49,29 +50,36 @@ def run_study(
 ) -> None:
     """Plans all cells and writes them as JSON and as a page, anew after every cell.
 
+    What `out` holds already stays: a cell until it is planned anew, and others for good. Every cell
+    says what it was made with: the day, the versions, and a digest of the step's code.
+
     Args:
       cells: in the order in which they are compiled.
       compiler: what it compiled before costs nothing.
-      out: JSON file.
+      out: JSON file, of an earlier call or not there yet.
       report: Markdown file.
       command: what was called, for the page.
       remarks: what else the page should say.
-      known_only: whether cells that were not compiled before are left out.
+      known_only: whether cells that would cost a compile are left out.
       told: is called with a line for every cell.
+
+    Raises:
+      InputError: if `out` is something else; it stays as it is.
     """
-    found: dict[str, dict[str, Any]] = {}
+    _stored(out)
     common = {
         "command": command,
-        "date": datetime.date.today().isoformat(),
-        "versions": compiler.versions,
         "chips": SOURCE,
         "assumptions": list(ASSUMPTIONS),
-        "assumed": sorted({note for cell in cells for note in cell.notes}),
         "remarks": list(remarks),
     }
 
-    def write(found: dict[str, dict[str, Any]]) -> None:
-        missing = [cell.name for cell in cells if cell.name not in found]
+    def write(made: dict[str, dict[str, Any]]) -> None:
+        # Read again, since another call may have added its own meanwhile.
+        found, wanted = _stored(out)
+        found |= made
+        names = dict.fromkeys([*wanted, *(cell.name for cell in cells)])
+        missing = [name for name in names if name not in found]
         values = {**common, "cells": found, "missing": missing}
         with fresh_file(out) as file:
             file.write_text(json.dumps(values, indent=1) + "\n")
@@ -83,25 +91,46 @@ def run_study(
             told(f"{cell.name}: not compiled")
             continue
         plan = make_plan(cell.request, compiler)
-        found[cell.name] = {"adapter_name": cell.adapter, **plan.to_dict()}
+        made = {
+            "date": datetime.date.today().isoformat(),
+            "versions": compiler.versions,
+            "code": compiler.code[:16],
+        }
+        values = {"adapter_name": cell.adapter, "made": made, "assumed": list(cell.notes)}
         told(f"{cell.name}: {plan.verdict()}")
-        write(found)
-    write(found)
+        write({cell.name: values | plan.to_dict()})
+    write({})
+
+
+def _stored(out: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Cells of an earlier call, and the names of those that it missed."""
+    if not out.exists():
+        return {}, []
+    try:
+        values = json.loads(out.read_text())
+        page(values)
+        return dict(values["cells"]), list(values["missing"])
+    except (AttributeError, LookupError, OSError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{out} holds no plans that can be added to ({type(error).__name__}: {error}); give "
+            "another file, or delete it"
+        ) from error
 
 
 def page(values: dict[str, Any]) -> str:
     """The Markdown page of a study, from its JSON values."""
     cells = values["cells"]
-    versions = ", ".join(f"{name} {of}" for name, of in values["versions"].items())
+    assumed = sorted({note for cell in cells.values() for note in cell["assumed"]})
     lines = [
         "# Plans: training steps compiled for TPU slices without a TPU",
         "",
         f"    {values['command']}",
         "",
-        f"{values['date']}; {versions}. Every row is the training step itself, compiled by the TPU "
-        "compiler from shapes alone; no chip has run it. docs/planner.md says how to read it.",
+        "Every row is the training step itself, compiled by the TPU compiler from shapes alone; no "
+        "chip has run it. docs/planner.md says how to read it.",
         "",
-        *(f"- Assumed: {note}." for note in values["assumed"]),
+        *_origins(cells),
+        *(f"- Assumed: {note}." for note in assumed),
         "- Bytes are of one chip. The peak is what the compiler accepts or refuses a program for; "
         "a refused one has no program, so no work to count.",
         *(f"- {remark}" for remark in values["remarks"]),
@@ -118,6 +147,25 @@ def page(values: dict[str, Any]) -> str:
     if values["missing"]:
         lines += ["", f"Not compiled yet: {'; '.join(values['missing'])}."]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _origins(cells: dict[str, dict[str, Any]]) -> list[str]:
+    """A line for each way in which cells were made: the day, the versions and the code."""
+    groups: dict[str, list[str]] = {}
+    for name, cell in cells.items():
+        groups.setdefault(json.dumps(cell["made"]), []).append(name)
+    lines = []
+    for key, names in groups.items():
+        made = json.loads(key)
+        versions = ", ".join(f"{name} {of}" for name, of in made["versions"].items())
+        # Cells that an earlier code planned know its commit, and have a note on it.
+        code = f"digest {made['code']}" if "code" in made else f"commit {made['commit']}"
+        rows = "all rows" if len(groups) == 1 else "; ".join(names)
+        note = f" {made['note']}" if "note" in made else ""
+        lines.append(
+            f"- Made on {made['date']} with {versions}, from the code of {code}: {rows}.{note}"
+        )
+    return lines
 
 
 def _row(cell: dict[str, Any]) -> str:

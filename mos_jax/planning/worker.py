@@ -1,11 +1,12 @@
 """Compiles one step with the TPU compiler: a program of its own, run where libtpu is installed.
 
-    python -m mos_jax.planning.worker FOLDER < request.json
+    python -m mos_jax.planning.worker FOLDER [known] < request.json
 
 It reads a `Request` as JSON and prints, as its last line, the name of the compiled program in
 FOLDER: a digest of the step before compilation, of the chips and of the compiler's versions, so
 that two requests for one step are compiled once. NAME.json holds what the compiler says of it (or
-why it refused), NAME.hlo.gz the scheduled program as text.
+why it refused), NAME.hlo.gz the scheduled program as text. With `known` nothing is compiled: where
+the program is not there, the last line is "unknown".
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from mos_jax.errors import InputError
 from mos_jax.files import fresh_file
 
 COMPILER = ("jax", "jaxlib", "libtpu")
+# What is said of a program that was not compiled.
+UNKNOWN = "unknown"
 # How the compiler says that a program does not fit.
 NO_ROOM = "RESOURCE_EXHAUSTED"
 # "17.03G" as the compiler writes 17.03 GiB.
@@ -133,6 +136,9 @@ def main() -> None:
     what = json.dumps([request.topology, order, versions])
     name = hashlib.sha256((what + lowered.as_text()).encode()).hexdigest()[:32]
     if not (folder / f"{name}.json").is_file():
+        if sys.argv[2:] == ["known"]:
+            print(UNKNOWN)
+            return
         found, text = compile_program(lowered)
         found |= {
             "arguments": argument_bytes(outline.arguments),

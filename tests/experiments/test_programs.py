@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from mos_jax.models.remat import REMAT_POLICIES
 from tests.experiments.fixtures_programs import ROOT, call
 
 
@@ -202,6 +203,12 @@ def test_help_shows_a_command_to_copy_and_every_flag(program):
     done = call(program, "--help", ok=False)
     assert f"python experiments/{program}.py" in done.stdout
     assert done.stdout.count("\n  --") >= 2
+
+
+def test_help_of_the_planner_names_the_policies_that_a_search_tries():
+    words = " ".join(call("plan", "--help", ok=False).stdout.split())
+    default = ",".join(name for name in REMAT_POLICIES if name != "none")
+    assert f"Policies of a search. Default: {default}." in words
 
 
 def test_a_foreign_base_file_is_refused(tmp_path):

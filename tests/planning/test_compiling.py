@@ -1,13 +1,16 @@
 """Finding the compiler, keeping what it compiled, and what is said where it fails."""
 
 import json
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 
+import mos_jax
 from mos_jax.errors import InputError
 from mos_jax.planning import compiling
-from mos_jax.planning.compiling import Compiler, find_python
+from mos_jax.planning.compiling import Compiler, code_digest, find_python
 from mos_jax.planning.worker import read_refusal
 from tests.planning.fixtures_planning import tiny_request
 
@@ -20,6 +23,9 @@ if sys.argv[1] == "-c":
     print((here / "versions").read_text())
     raise SystemExit
 request = json.load(sys.stdin)
+if sys.argv[4:] == ["known"]:
+    print("abc" if (pathlib.Path(sys.argv[3]) / "abc.json").is_file() else "unknown")
+    raise SystemExit
 calls = here / "calls"
 calls.write_text(calls.read_text() + "x")
 answer = json.loads((here / "answer").read_text())
@@ -84,6 +90,33 @@ def test_another_compiler_compiles_anew(stand_in, tmp_path):
     (stand_in / "versions").write_text(json.dumps({"jax": "1", "libtpu": "2"}))
     Compiler(tmp_path / "cache", python).program(request)
     assert calls(stand_in) == 2
+
+
+def test_a_step_that_other_code_left_as_it_was_is_known(stand_in, tmp_path, monkeypatch):
+    compiler = Compiler(tmp_path / "cache", str(stand_in / "python"))
+    request = tiny_request()
+    first = compiler.program(request)
+    monkeypatch.setattr(compiling, "_code_digest", lambda: "of other code")
+    assert compiler.code == "of other code"
+    # The stand-in says that it lowers to the same.
+    assert compiler.known(request)
+    assert compiler.program(request) == first
+    assert (calls(stand_in), compiler.compiled) == (1, 1)
+
+
+@pytest.mark.parametrize("source", ["data/batches.py", "planning/worker.py", "training/step.py"])
+def test_another_digest_comes_of_code_that_shapes_a_step(tmp_path, source):
+    package = Path(mos_jax.__file__).parent
+    copy = tmp_path / "copy"
+    shutil.copytree(package, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    digest = code_digest(copy)
+    assert digest == code_digest(package)
+    with (copy / "planning/report.py").open("a") as file:
+        file.write("# No step depends on how plans are printed.\n")
+    assert code_digest(copy) == digest
+    with (copy / source).open("a") as file:
+        file.write("# Another one.\n")
+    assert code_digest(copy) != digest
 
 
 def test_what_the_worker_refuses_is_one_line(stand_in, tmp_path):

@@ -1,15 +1,22 @@
 """Tables of plans: written after every cell, and what they say."""
 
 import json
+from pathlib import Path
 
-from mos_jax.planning.study import Cell, run_study
+import pytest
+
+from mos_jax.errors import InputError
+from mos_jax.planning.study import Cell, page, run_study
 from tests.planning.fixtures_planning import GIB, RuleCompiler, tiny_request
+
+RESULTS = Path(__file__).parents[2] / "results"
 
 
 class Remembering(RuleCompiler):
     """Knows what it was asked before, and fails at a request called `fails`."""
 
     fails = None
+    code = "0123456789abcdef" * 4
 
     @property
     def versions(self):
@@ -66,3 +73,66 @@ def test_a_table_grows_by_cells_and_says_what_is_missing(tmp_path):
     assert "| 32.00 | 16.00 | 16.00 GiB too much |" in rows[2]
     # What was refused has no program to be compared by.
     assert len(rows) == 5
+
+
+def test_the_committed_page_is_what_the_committed_values_print():
+    values = json.loads((RESULTS / "plans.json").read_text())
+    assert page(values) == (RESULTS / "plans.md").read_text()
+    tables = [part for part in page(values).split("\n\n") if part.startswith("| model |")]
+    assert len(tables) == 2
+    assert tables[0].count("\n") == 1 + len(values["cells"])
+
+
+def test_cells_of_earlier_calls_stay_whatever_is_known(tmp_path):
+    committed = json.loads((RESULTS / "plans.json").read_text())
+    out, report = tmp_path / "plans.json", tmp_path / "plans.md"
+    out.write_text(json.dumps(committed))
+    cell = Cell("MoS e=2 r=4", tiny_request(), ("nothing is here",))
+    compiler = Remembering(lambda request: GIB)
+
+    # It knows none: nothing is lost, and the page has all of them.
+    values, text, told = study(tmp_path, compiler, [cell], known_only=True)
+    assert told == [f"{cell.name}: not compiled"]
+    assert values["cells"] == committed["cells"]
+    assert values["missing"] == [*committed["missing"], cell.name]
+    rows = len([line for line in text.splitlines() if line.startswith("| llama2")])
+    before = (RESULTS / "plans.md").read_text().splitlines()
+    assert rows == len([line for line in before if line.startswith("| llama2")])
+
+    # Cut short at the first cell: as it was.
+    compiler.fails = cell.request
+    kept = out.read_bytes(), report.read_bytes()
+    assert study(tmp_path, compiler, [cell])[2] == ["cut short"]
+    assert (out.read_bytes(), report.read_bytes()) == kept
+
+    # Compiled: one more, which says what it was made with.
+    compiler.fails = None
+    values, text, _ = study(tmp_path, compiler, [cell])
+    made = values["cells"].pop(cell.name)["made"]
+    assert (made["versions"], made["code"]) == ({"jax": "1"}, "0123456789abcdef")
+    assert values["cells"] == committed["cells"]
+    assert values["missing"] == committed["missing"]
+    assert f"from the code of digest 0123456789abcdef: {cell.name}." in text
+
+
+def test_a_cell_is_replaced_in_its_place_when_it_is_planned_anew(tmp_path):
+    cells = [Cell("MoS", tiny_request(), ()), Cell("LoRA", tiny_request(method="lora"), ())]
+    study(tmp_path, Remembering(lambda request: GIB), cells)
+    other = Remembering(lambda request: 2 * GIB)
+    other.code = "f" * 64
+    values, text, _ = study(tmp_path, other, cells[:1])
+    assert list(values["cells"]) == [cell.name for cell in cells]
+    codes = [found["made"]["code"] for found in values["cells"].values()]
+    assert codes == ["f" * 16, "0123456789abcdef"]
+    assert text.count("- Made on ") == 2
+
+
+@pytest.mark.parametrize("words", ["{", "[]", '{"cells": {"a": {}}, "missing": []}', "\\xff"])
+def test_what_is_no_study_is_refused_and_stays(tmp_path, words):
+    out = tmp_path / "plans.json"
+    out.write_text(words)
+    compiler = Remembering(lambda request: GIB)
+    with pytest.raises(InputError, match="holds no plans that can be added to"):
+        run_study([Cell("a", tiny_request(), ())], compiler, out, tmp_path / "a.md", "a")
+    assert out.read_text() == words
+    assert not compiler.asked
