@@ -1,5 +1,6 @@
 """What a turn of the engine does, in which order, by the calls that the runner gets."""
 
+import threading
 import time
 
 import pytest
@@ -101,6 +102,38 @@ class TestTokens:
         *pieces, done = heard.events
         assert (done.reason, done.completion_tokens) == (reason, len(tokens))
         assert sum(len(piece.tokens) for piece in pieces) == len(tokens)
+
+
+def test_tenants_read_within_one_step_do_not_wait_for_each_others_answers(tmp_path):
+    tenants_in(tmp_path, a=LORA, b=LORA)
+    bank, _ = bank_of(tmp_path, slots=2, cached=4)
+    options = EngineOptions(rows=3, length=64, pieces=(4, 8))
+    runner = FakeRunner(options)
+    runner.gate = threading.Semaphore(0)
+
+    def until(condition):
+        deadline = time.monotonic() + 60
+        while not condition():
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+
+    with Engine(BASE, bank, options, runner=runner) as engine:
+        heard = [Heard() for _ in range(3)]
+        engine.submit(ask(max_tokens=50), heard[0])
+        until(lambda: ("decode",) in runner.log)
+        with engine._wake:
+            engine.submit(ask("a", max_tokens=40), heard[1])
+            engine.submit(ask("b", max_tokens=2), heard[2])
+        runner.gate.release()  # the next turn asks for both, and both are read in its step
+        until(lambda: engine._scheduler._read == 2)
+        runner.gate.release(1000)
+        for each in heard:
+            each.end()
+    started = [tenant for call, *rest in runner.log if call == "start" for tenant in rest]
+    assert started[1:] == ["a", "b"]
+    freed = [row for call, *rest in runner.log if call == "free" for row in rest]
+    assert freed == [2, 1, 0]  # the shortest answer first, that of "b"
+    bank.close()
 
 
 @pytest.mark.parametrize("engine", [{"rows": 1}], indirect=True)

@@ -27,6 +27,8 @@ MOS = MoSConfig(equivalent_rank=2, rank=3, shards_per_vector=2, private_rank=1)
 GROWTH = 48 << 20
 # The last step's tokens and controls, which are kept until the next.
 SMALL = 1024
+# Tokens of a request with a known answer: more than the largest piece, which alone is kept.
+GOLDEN = 40
 
 
 @dataclasses.dataclass
@@ -161,7 +163,7 @@ def soak(folder, *, requests=0, seconds=0.0, seed=0, rows=6, length=64, say=lamb
     )
     assert bank.register_folder(tenants.folder) == {}
     options = EngineOptions(
-        rows=rows, length=length, pieces=(8, 32), prefix_bytes=1 << 18, queue=48, tenant_queue=16
+        rows=rows, length=length, pieces=(8, 32), prefix_bytes=1 << 19, queue=48, tenant_queue=16
     )
     with Engine(base, bank, options) as engine:
         report = _soak(engine, tenants, rng, requests, seconds, say)
@@ -176,6 +178,7 @@ def _soak(engine, tenants, rng, requests, seconds, say):
         "device": device_bytes(),
         "handles": handles(),
         "compilations": engine.summary()["runner"]["compilations"],
+        "hits": engine.summary()["runner"]["prefixes"]["hits"],
     }
     start, samples, sent, disturbed, asked = time.monotonic(), [], 0, 0, 0
     settled = None
@@ -248,6 +251,7 @@ def _judge(engine, ledger, before, settled, samples, sent, disturbed, asked):
         "resident_bytes": [settled, last],
         "compilations_after_warm_up": after["compilations"] - before["compilations"],
         "evictions": sum(slab["evictions"] for slab in summary["bank"]["slabs"]),
+        "prefix_hits": summary["runner"]["prefixes"]["hits"] - before["hits"],
         "loads": summary["bank"]["placed"],
         "failed_loads": summary["bank"]["failed"],
     }
@@ -283,7 +287,7 @@ def _golden(engine, tenants, rng):
     """Some requests and what they are answered while nothing else happens."""
     found = []
     for name in tenants.steady:
-        prompt = tuple(rng.randrange(engine.base.config.vocab_size) for _ in range(12))
+        prompt = tuple(rng.randrange(engine.base.config.vocab_size) for _ in range(GOLDEN))
         for options in ({}, {"temperature": 1.0, "seed": rng.randrange(1 << 32)}):
             request = Request(name, prompt, TokenSampling(max_tokens=12, **options))
             answer = engine.complete(request)
@@ -292,7 +296,8 @@ def _golden(engine, tenants, rng):
 
 
 def _ask_again(engine, ledger, golden, rng):
-    request, tokens, text = rng.choice(golden)
+    # Half of them are of the first tenant, so that its prompt is among those that are kept.
+    request, tokens, text = rng.choice(rng.choice((golden, golden[:2])))
     number = ledger.open_entry(request, "read")
 
     def listen(event):

@@ -17,6 +17,7 @@ def test_every_request_ends_and_memory_returns(tmp_path):
     assert set(numbers["ends"]) >= {"stop", "length", "cancelled"}
     assert set(numbers["refused"]) >= {"invalid", "unknown_tenant", "too_long"}
     assert numbers["evictions"] > 0
+    assert numbers["prefix_hits"] > 0
     assert numbers["compilations_after_warm_up"] == 0
     first, last = numbers["device_bytes"]
     assert last <= first + harness.SMALL
@@ -54,6 +55,14 @@ class TestTheLedgerFinds:
     def test_an_end_that_is_wrong(self, ledger, number, done, words):
         ledger.event(number, done)
         assert any(words in problem for problem in ledger.problems)
+
+    @pytest.mark.parametrize(("told", "problems"), [(1, 0), (3, 1)], ids=["fewer", "more"])
+    def test_what_a_listener_that_raised_was_not_told_is_no_problem(self, ledger, told, problems):
+        request = Request("a", (1,), TokenSampling(max_tokens=2))
+        number = ledger.open_entry(request, "raise")
+        ledger.event(number, Piece("abc", (TokenInfo(5),) * told))
+        ledger.event(number, Done("length", 1, 2))
+        assert len(ledger.problems) == problems
 
     def test_a_stop_text_that_was_sent(self, ledger):
         request = Request("a", (1,), TokenSampling(max_tokens=2, stop=("b",)))
