@@ -25,7 +25,7 @@ TINY_SWEEP = {
 }
 SMALL = {
     "01_quickstart": {"CONFIG": "smoke"},
-    "02_inside_mos": {"LAYERS": 3},
+    "02_inside_mos": {"LAYERS": 5},
     "03_ablation": {"MOS": TINY_MOS, "OVERRIDES": TINY_SWEEP},
     "04_bring_your_own": {"STEPS": 2},
     "05_serve_tenants": {"BASE": "tiny-random", "RANK": 3, "STEPS": 2},
