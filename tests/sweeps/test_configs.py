@@ -15,7 +15,8 @@ FILES = sorted(
     path for path in (ROOT / "configs").rglob("*.py") if "def get_arms" in path.read_text()
 )
 BASES = {"smollm2-135m-instruct": "smollm2-135m", "Llama-2-7b-hf": "llama2-7b"}
-BASES |= {"Llama-2-13b-hf": "llama2-13b", "Llama-3.2-3B": "llama3.2-3b"}
+BASES |= {"Llama-2-13b-hf": "llama2-13b", "Llama-2-70b-hf": "llama2-70b"}
+BASES |= {"Llama-3.2-3B": "llama3.2-3b"}
 
 
 def load(path):
