@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 import time
@@ -65,7 +66,7 @@ class TokenTexts:
         return {"token": text, "logprob": _bounded(logprob), "bytes": exact}
 
 
-class Form:
+class Form(abc.ABC):
     """Of one kind of completions: `ChatForm` or `TextForm`."""
 
     kind = prefix = chunk_kind = ""
@@ -95,24 +96,25 @@ class Form:
         listed = [self._whole(index, choice) for index, choice in enumerate(choices)]
         return {**self._head, "object": self.kind, "choices": listed, "usage": usage}
 
+    @abc.abstractmethod
     def first(self, index: int) -> dict[str, Any] | None:
         """The chunk that opens a choice, if there is one."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def piece(self, index: int, piece: Piece, before: str) -> dict[str, Any] | None:
         """The chunk of a piece of text that follows `before`; None where it has nothing to say."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def last(self, index: int, done: Done) -> dict[str, Any]:
         """The chunk that closes a choice."""
-        raise NotImplementedError
 
     def counts(self, usage: dict[str, Any]) -> dict[str, Any]:
         """The chunk that closes a stream with its usage."""
         return {**self._head, "object": self.chunk_kind, "choices": [], "usage": usage}
 
+    @abc.abstractmethod
     def _whole(self, index: int, choice: Gathered) -> dict[str, Any]:
-        raise NotImplementedError
+        """A choice of an answer in one."""
 
     def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
         chunk = {**self._head, "object": self.chunk_kind, "choices": [choice]}
