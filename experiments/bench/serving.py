@@ -53,7 +53,7 @@ class Sizes:
     lora_folders: int = 64
     answer: int = 48
     short_answer: int = 16
-    peft_answer: int = 16
+    peft_answer: int = 48
     requests: int = 48
     rounds: int = 7
     swaps: int = 40

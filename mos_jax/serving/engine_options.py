@@ -18,7 +18,7 @@ class EngineOptions:
       pieces: sizes in which prompts are computed, ascending. A prompt is cut into pieces of the
         largest size and a rest of the smallest that holds it.
       prefill: tokens of prompts that are computed between two decode steps at most, unless one
-        piece has more; 0 is the largest piece.
+        piece has more; 0 is the largest piece, times the rows that wait for each that decodes.
       prefix_bytes: of the prefix cache; 0 for none.
       queue: requests that wait at most, of all tenants together.
       tenant_queue: of one tenant.

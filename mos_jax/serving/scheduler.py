@@ -19,14 +19,7 @@ from mos_jax.serving.admission import Admission
 from mos_jax.serving.engine_options import EngineOptions
 from mos_jax.serving.jobs import Job
 from mos_jax.serving.observing import LOG, Observers
-from mos_jax.serving.requests import (
-    Done,
-    Event,
-    Piece,
-    Reason,
-    Refused,
-    TokenInfo,
-)
+from mos_jax.serving.requests import Done, Event, Piece, Reason, Refused, TokenInfo
 from mos_jax.serving.runner import Runner, Step
 from mos_jax.serving.tenants import TenantBank
 
@@ -294,7 +287,10 @@ class Scheduler:
     def _prefill(self) -> None:
         """Pieces of prompts in turn, one of each row, as many as the budget has room for."""
         pieces = self._options.pieces
-        budget, spent = self._options.prefill or pieces[-1], 0
+        # A piece makes each answer pause once, whenever it comes; a row that waits makes every step
+        # poorer. So those that wait go first as far as they outnumber those that would pause.
+        outnumbered = max(1, len(self._prefilling) // max(1, len(self._decoding)))
+        budget, spent = self._options.prefill or outnumbered * pieces[-1], 0
         while self._prefilling:
             job = self._prefilling[0]
             left = len(job.request.prompt) - 1 - job.prefilled

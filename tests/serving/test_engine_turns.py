@@ -52,9 +52,14 @@ def test_a_step_is_fetched_when_the_next_has_been_dispatched(engine):
 
 @pytest.mark.parametrize(
     ("engine", "most"),
-    [({"rows": 4}, 1), ({"rows": 4, "prefill": 20}, 2), ({"rows": 4, "prefill": 3}, 1)],
+    [
+        ({"rows": 4}, 3),
+        ({"rows": 4, "prefill": 8}, 1),
+        ({"rows": 4, "prefill": 20}, 2),
+        ({"rows": 4, "prefill": 3}, 1),
+    ],
     indirect=["engine"],
-    ids=["default", "two", "one at least"],
+    ids=["as they outnumber it", "one", "two", "one at least"],
 )
 def test_prompts_make_answers_pause_for_a_bounded_number_of_pieces(engine, most):
     # Rows of long prompts, five pieces of 8 tokens each, beside one that is decoded.
@@ -67,6 +72,13 @@ def test_prompts_make_answers_pause_for_a_bounded_number_of_pieces(engine, most)
         between += call == "prefill"
     assert max(counts[1:]) == most
     assert sum(counts) == 1 + 3 * 5
+
+
+@pytest.mark.parametrize("engine", [{"rows": 4}], indirect=True)
+def test_prompts_that_come_together_are_decoded_together(engine):
+    run_together(engine, *[ask(prompt="x" * 8, max_tokens=3)] * 4)
+    calls = [call for call, *_ in engine.log if call in ("prefill", "decode")]
+    assert calls == ["prefill"] * 4 + ["decode"] * 3
 
 
 @pytest.mark.parametrize("engine", [{"rows": 3}], indirect=True)
