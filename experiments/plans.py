@@ -6,7 +6,10 @@ cell; those that --out holds already stay until they are compiled anew, and ever
 was made with.
 
 python experiments/plans.py --out=results/plans.json --report=results/plans.md
+python experiments/plans.py --out=results/plans.json --report=results/plans.md --missing_only
 python experiments/plans.py --out=results/plans.json --report=results/plans.md --known_only
+python experiments/plans.py --out=results/plans.json --report=results/plans.md --outdated_only \
+  --only=MoS
 python experiments/plans.py --out=runs/7b.json --report=runs/7b.md --only=llama2-7b --only=MoS
 """
 
@@ -22,12 +25,19 @@ from mos_jax import app
 OUT = flags.DEFINE_string("out", None, "JSON file; what it holds already stays.")
 REPORT = flags.DEFINE_string("report", None, "Markdown file.")
 ONLY = flags.DEFINE_multi_string("only", [], "Only cells whose names hold this, or all of these.")
+MISSING_ONLY = flags.DEFINE_bool("missing_only", False, "Leave out what --out holds.")
+OUTDATED_ONLY = flags.DEFINE_bool(
+    "outdated_only", False, "Only what --out holds, made by other code than this."
+)
 KNOWN_ONLY = flags.DEFINE_bool("known_only", False, "Leave out what would cost a compile.")
 CACHE = flags.DEFINE_string("cache", None, "Folder of compiled steps. Default: the user's cache.")
 PYTHON = flags.DEFINE_string("python", None, "Python with libtpu. Default: that of `make planner`.")
 
 MODELS = ("Llama-2-7b-hf", "Llama-2-13b-hf", "Llama-2-70b-hf")
-TOPOLOGIES = ("v5e:2x4", "v5e:8x8", "v5p:2x2x2", "v5e:16x16", "v5p:4x4x4", "v5e:1x1")
+# What is cheap to compile and tells most comes first.
+TOPOLOGIES = ("v5p:2x2x2", "v5e:16x16", "v5p:4x4x4", "v5e:2x4", "v5e:8x8", "v5e:1x1")
+# Where adapters of more rank are planned as well.
+LARGER = ("v5e:2x4", MODELS[0])
 # By name, the method and its rank, and of MoS the equivalent rank.
 ADAPTERS = {
     "MoS e=2 r=16": ("mos", 16, 2),
@@ -50,8 +60,11 @@ def cells() -> Iterator[Any]:
     from mos_jax.training.config import RunConfig, default_config
 
     first, second, *others = ADAPTERS
-    wanted = [*itertools.product((first, second), TOPOLOGIES, MODELS)]
-    wanted += [(name, TOPOLOGIES[0], MODELS[0]) for name in others]
+    # A pair after the other, so that each stands beside its rival as soon as it is there.
+    places = itertools.product(TOPOLOGIES, MODELS)
+    wanted = [(name, *place) for place in places for name in (first, second)]
+    after = 2 * len(MODELS)
+    wanted[after:after] = [(name, *LARGER) for name in others]
     for name, topology, model in wanted:
         config = settings.paper_config(model)
         method, rank, equivalent = ADAPTERS[name]
@@ -74,6 +87,8 @@ def main(_: Sequence[str]) -> None:
 
     if not OUT.value or not REPORT.value:
         raise InputError("--out or --report is missing; see --help")
+    if MISSING_ONLY.value and OUTDATED_ONLY.value:
+        raise InputError("--missing_only and --outdated_only leave no cell; give one of them")
     chosen = [cell for cell in cells() if all(word in cell.name for word in ONLY.value)]
     if not chosen:
         raise InputError(f"no cell has {' and '.join(ONLY.value)} in its name; see --help")
@@ -85,6 +100,7 @@ def main(_: Sequence[str]) -> None:
         "make plans",
         REMARKS,
         KNOWN_ONLY.value,
+        "missing" if MISSING_ONLY.value else "outdated" if OUTDATED_ONLY.value else "all",
         lambda words: Console().print(words, highlight=False),
     )
 

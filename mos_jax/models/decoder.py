@@ -41,6 +41,7 @@ from mos_jax.models.sharding import (
     constrain,
     constrain_factors,
     gather_factors,
+    key_head_copies,
     per_shard,
 )
 from mos_jax.models.windows import layer_flags, layer_reach, layer_ropes, layer_views
@@ -331,7 +332,11 @@ class Decoder(nnx.Module):
     def _attend(
         self, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, how: Attend
     ) -> jax.Array:
-        """Attention; on a mesh every device has its rows and its heads."""
+        """Attention; on a mesh every device has its rows and its heads, if `tensor` divides H."""
+        if self.mesh is not None:
+            copies = key_head_copies(q.shape[2], k.shape[2], self.mesh.shape)
+            if copies > 1:
+                k, v = (jnp.repeat(y, copies, axis=2) for y in (k, v))
         heads = (ROWS, None, TENSOR, None)
         return per_shard(how, self.mesh, heads, heads, heads, (ROWS, None, None))(q, k, v, mask)
 
@@ -346,7 +351,10 @@ class Decoder(nnx.Module):
         start: jax.Array,
         reach: jax.Array,
     ) -> jax.Array:
-        """`attend_cached`, divided as `_attend` is."""
+        """`attend_cached`; every device has its rows, and its heads if `tensor` divides K.
+
+        Elsewhere it is whole: the cache is, and reading it is most of the work.
+        """
         heads, held = (ROWS, None, TENSOR, None), (None, ROWS, TENSOR, None, None)
 
         own = functools.partial(attend_cached, scale=self.config.query_scale)

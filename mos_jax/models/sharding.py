@@ -9,7 +9,8 @@ memory: just before its use, one layer's weight is gathered over `fsdp` (ZeRO st
 Without a mesh every function here returns its argument, and the compiled program has no trace of
 it.
 
-Axis legend: B rows, S tokens of a row, N = B * S, L blocks, h = d_in, o = d_out, r rank.
+Axis legend: B rows, S tokens of a row, N = B * S, L blocks, h = d_in, o = d_out, r rank, H query
+heads, K key heads.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mos_jax.adapters.low_rank import LowRank
+from mos_jax.models.config import DecoderConfig
 from mos_jax.models.quantized import BLOCK, Weight, is_quantized
 
 DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
@@ -144,6 +146,35 @@ def _factors_as(low_rank: LowRank, mesh: Mesh | None, axes: Wanted) -> LowRank:
         low_rank.scale,
         low_rank.layers,
         low_rank.ranks,
+    )
+
+
+def key_head_copies(heads: int, shared: int, sizes: Mapping[str, int]) -> int:
+    """How often each of K key heads must stand so that `tensor` divides them as the query heads.
+
+    Copies that stand side by side leave every query head its key head; each device then takes no
+    more of them than its query heads ask for.
+
+    Args:
+      heads: H, a multiple of K.
+      shared: K.
+      sizes: of the mesh's axes.
+
+    Returns:
+      1 where `tensor` divides K, or does not divide H either; a divisor of H / K elsewhere.
+    """
+    tensor = sizes[TENSOR]
+    return 1 if heads % tensor else tensor // math.gcd(shared, tensor)
+
+
+def whole_attention(config: DecoderConfig, sizes: Mapping[str, int]) -> str | None:
+    """In words that `tensor` cannot divide attention; None where it can."""
+    tensor, heads = sizes[TENSOR], config.num_heads
+    if heads % tensor == 0:
+        return None
+    return (
+        f"attention of {config.name} is whole on every chip: tensor {tensor} does not divide its "
+        f"{heads} heads"
     )
 
 

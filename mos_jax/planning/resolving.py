@@ -15,6 +15,7 @@ from mos_jax.errors import InputError, suggest
 from mos_jax.models.base import NAMED_BASES, outline_base
 from mos_jax.models.config import DecoderConfig
 from mos_jax.models.known import KNOWN_CONFIGS, find_known
+from mos_jax.models.sharding import whole_attention
 from mos_jax.models.tokenizer import Tokenizer
 from mos_jax.planning.chips import Slice
 from mos_jax.planning.request import Request
@@ -59,11 +60,18 @@ def make_request(
         if chips.count > 1:
             notes.append("a mesh with fsdp as far as the rows go, and tensor for the rest")
     placed = place_on(config, sizes, chips)
+    whole = whole_attention(model, dataclasses.asdict(placed.mesh))
+    if whole is not None:
+        notes.append(whole)
     return Request(placed, model, width, room, chips.name), notes
 
 
 def spread(rows: int, chips: int) -> tuple[int, int, int]:
-    """A mesh for `chips` chips: fsdp as large as the rows allow, tensor for what is left."""
+    """A mesh for `chips` chips: fsdp as large as the rows allow, tensor for what is left.
+
+    Every other mesh that these rows allow has a multiple of that tensor, so where it does not
+    divide the heads of a model, none does.
+    """
     fsdp = math.gcd(rows, chips)
     return 1, fsdp, chips // fsdp
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from mos_jax.errors import InputError, suggest
+from mos_jax.models.config import DecoderConfig
 from mos_jax.models.remat import REMAT_POLICIES
 from mos_jax.planning.chips import Slice, find_slice
 from mos_jax.planning.plan import Compiles, Plan, make_plan
@@ -52,7 +53,7 @@ def check_search(request: Request, rows: Sequence[int], remat: Sequence[str]) ->
     if not candidates(request, rows, remat):
         raise InputError(
             f"no mesh of {request.topology} divides these rows and the model's "
-            f"{request.model.num_heads} heads; try other --rows"
+            f"{' and '.join(map(str, _columns(request.model)))} columns; try other --rows"
         )
 
 
@@ -61,7 +62,7 @@ def candidates(
 ) -> list[Request]:
     """All settings of a search, those that promise most first.
 
-    Every mesh of the slice whose data * fsdp divides the rows and whose tensor divides the heads.
+    Every mesh of the slice whose data * fsdp divides the rows and whose tensor divides the layers.
 
     Args:
       request: the run.
@@ -75,7 +76,7 @@ def candidates(
     found = []
     for batch in rows:
         data = dataclasses.replace(config.data, batch_size=batch)
-        for sizes in meshes(chips, batch, request.model.num_heads):
+        for sizes in meshes(chips, batch, request.model):
             placed = place_on(dataclasses.replace(config, data=data), sizes, chips)
             for policy in policies:
                 base = dataclasses.replace(config.base, remat=policy)
@@ -84,13 +85,23 @@ def candidates(
     return sorted(found, key=guessed_seconds)
 
 
-def meshes(chips: Slice, rows: int, heads: int) -> Iterator[tuple[int, int, int]]:
-    """Sizes of data, fsdp and tensor that fill the slice and divide rows and heads."""
+def meshes(chips: Slice, rows: int, model: DecoderConfig) -> Iterator[tuple[int, int, int]]:
+    """Sizes of data, fsdp and tensor that fill the slice and divide rows and layers.
+
+    Heads that tensor does not divide rule no mesh out, since with few rows there may be no other:
+    attention is then whole on every chip, which `guessed_seconds` counts.
+    """
     for tensor in _divisors(chips.count):
         for fsdp in _divisors(chips.count // tensor):
             data = chips.count // tensor // fsdp
-            if rows % (data * fsdp) == 0 and heads % tensor == 0:
+            fits = all(size % tensor == 0 for size in _columns(model))
+            if rows % (data * fsdp) == 0 and fits:
                 yield data, fsdp, tensor
+
+
+def _columns(model: DecoderConfig) -> tuple[int, int]:
+    """Outputs of the layers before attention and before the MLP's activation."""
+    return model.num_heads * model.head_dim, model.d_ff
 
 
 def _divisors(number: int) -> list[int]:
@@ -105,21 +116,28 @@ _PASSES = {"none": 2.0, "products": 2.0, "attention": 2.7, "full": 3.0}
 def guessed_seconds(request: Request) -> float:
     """Seconds for each token by a rule of thumb, to choose what is compiled first.
 
-    Products of the base, those that are computed again included; its weights gathered over fsdp
-    twice a step; activations summed over tensor four times a layer.
+    Products of the base, those that are computed again included, and of attention; its weights
+    gathered over fsdp twice a step; activations summed over tensor four times a layer. Where tensor
+    does not divide the heads, every chip attends with all of them, which it gathers.
     """
     chips, c, mesh = find_slice(request.topology), request.model, request.config.mesh
     chip = chips.chip
     weights = sum(layers * h * o for layers, h, o in c.site_shapes().values())
     passes = _PASSES[request.config.base.remat]
     batch = request.rows * request.width
-    compute = passes * 2 * weights * batch / chips.count / chip.flops
+    width, own = c.num_heads * c.head_dim, batch // (mesh.data * mesh.fsdp)
+    divided = c.num_heads % mesh.tensor == 0
+    # Scores and their products with values, forward, backward twice, and computed again.
+    attention = 4 * 4 * c.num_layers * width * request.width * own
+    attention /= mesh.tensor if divided else 1
+    compute = (passes * 2 * weights * batch / chips.count + attention) / chip.flops
     itemsize = 2 if request.config.base.dtype == "bfloat16" else 4
     gathered = 2 * weights * itemsize / mesh.tensor * (mesh.fsdp - 1) / mesh.fsdp
-    own = batch // (mesh.data * mesh.fsdp)
     passed = 2 * (mesh.tensor - 1) / mesh.tensor
     summed = 4 * c.num_layers * own * c.d_model * itemsize * passed
-    links = (gathered + summed) / chip.axis_bandwidth
+    # Queries, keys and values, and the gradient of what is attended.
+    heads = 0 if divided else 4 * c.num_layers * own * width * itemsize * passed / 2
+    links = (gathered + summed + heads) / chip.axis_bandwidth
     return max(compute, links) / batch
 
 

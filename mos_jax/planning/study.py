@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ def run_study(
     command: str,
     remarks: Sequence[str] = (),
     known_only: bool = False,
+    which: str = "all",
     told: Callable[[str], None] = lambda words: None,
 ) -> None:
     """Plans all cells and writes them as JSON and as a page, anew after every cell.
@@ -61,12 +63,14 @@ def run_study(
       command: what was called, for the page.
       remarks: what else the page should say.
       known_only: whether cells that would cost a compile are left out.
+      which: "all" of the cells; "missing", those that `out` does not hold; or "outdated", those
+        that it holds and that other code made.
       told: is called with a line for every cell.
 
     Raises:
       InputError: if `out` is something else; it stays as it is.
     """
-    _stored(out)
+    held, _ = _stored(out)
     common = {
         "command": command,
         "chips": SOURCE,
@@ -87,6 +91,8 @@ def run_study(
             file.write_text(page(values))
 
     for cell in cells:
+        if not _wanted(held.get(cell.name), which, compiler):
+            continue
         if known_only and not compiler.known(cell.request):
             told(f"{cell.name}: not compiled")
             continue
@@ -94,12 +100,23 @@ def run_study(
         made = {
             "date": datetime.date.today().isoformat(),
             "versions": compiler.versions,
-            "code": compiler.code[:16],
+            "code": _code(compiler),
         }
         values = {"adapter_name": cell.adapter, "made": made, "assumed": list(cell.notes)}
         told(f"{cell.name}: {plan.verdict()}")
         write({cell.name: values | plan.to_dict()})
     write({})
+
+
+def _code(compiler: Compiler) -> str:
+    return compiler.code[:16]
+
+
+def _wanted(cell: dict[str, Any] | None, which: str, compiler: Compiler) -> bool:
+    """Whether a cell, as `out` holds it or None, is planned."""
+    if which == "all" or cell is None:
+        return which != "outdated"
+    return which == "outdated" and cell["made"].get("code") != _code(compiler)
 
 
 def _stored(out: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
@@ -119,7 +136,7 @@ def _stored(out: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
 
 def page(values: dict[str, Any]) -> str:
     """The Markdown page of a study, from its JSON values."""
-    cells = values["cells"]
+    cells = dict(sorted(values["cells"].items(), key=_place))
     assumed = sorted({note for cell in cells.values() for note in cell["assumed"]})
     lines = [
         "# Plans: training steps compiled for TPU slices without a TPU",
@@ -147,6 +164,15 @@ def page(values: dict[str, Any]) -> str:
     if values["missing"]:
         lines += ["", f"Not compiled yet: {'; '.join(values['missing'])}."]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _place(item: tuple[str, dict[str, Any]]) -> tuple[Any, ...]:
+    """Models from the smallest on, their slices likewise, and adapters beside each other."""
+    _, cell = item
+    model = [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", cell["model"])]
+    adapter = cell["adapter"]
+    slices = cell["topology"].partition(":")[0], cell["chips"]
+    return model, *slices, adapter["method"] != "mos", adapter["rank"]
 
 
 def _origins(cells: dict[str, dict[str, Any]]) -> list[str]:

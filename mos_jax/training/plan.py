@@ -12,6 +12,7 @@ from rich.table import Table
 from mos_jax.data.batches import Batch
 from mos_jax.distributed.table import array_lines, base_lines, batch_lines, print_lines
 from mos_jax.models.base import outline_base
+from mos_jax.models.sharding import whole_attention
 from mos_jax.training.config import RunConfig
 from mos_jax.training.session import Loads, Session
 from mos_jax.training.step import AdapterParts, TrainState
@@ -25,7 +26,8 @@ def plan(config: RunConfig) -> dict[str, Any]:
       by block, largest rank and trained parameters; `shared`, the trained parameters that belong
       to no single site type; `budget`, see `Session.budget`; `bytes` of base, adapter (with its
       frozen part), optimizer, batch and activations (the compiled step's temporaries), on each
-      device; `mesh`, on a mesh the sizes of its axes and a `Line` for each array, else None;
+      device; `mesh`, on a mesh the sizes of its axes, a `Line` for each array, and what
+      `whole_attention` says, else None;
       `data`, see `Data.report`.
 
     Raises:
@@ -103,6 +105,8 @@ def print_plan(config: RunConfig, console: Console) -> None:
         )
     if found["mesh"] is not None:
         print_lines(found["mesh"]["lines"], found["mesh"]["sizes"], console)
+        if found["mesh"]["whole"] is not None:
+            console.print(f"{found['mesh']['whole']}.", highlight=False)
     memory = Table("memory" if found["mesh"] is None else "memory of each device", "MiB")
     memory.columns[1].justify = "right"
     base = found["base"]
@@ -132,7 +136,8 @@ def _mesh(
     lines = base_lines(session.base.config, base.dtype, base.quantize, sizes)
     for group, tree in groups.items():
         lines += array_lines(group, tree, sizes, above)
-    return {"sizes": sizes, "lines": lines + batch_lines(batch, sizes)}
+    whole = whole_attention(session.base.config, sizes)
+    return {"sizes": sizes, "lines": lines + batch_lines(batch, sizes), "whole": whole}
 
 
 def _bytes(tree: Any) -> int:

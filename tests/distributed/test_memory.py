@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import re
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,8 @@ from mos_jax.distributed.partition import Placement
 from mos_jax.models.decoder import Decoder
 from mos_jax.models.sharding import weight_spec
 from mos_jax.models.tiny import tiny_config
-from mos_jax.training.config import TrainingSection
+from mos_jax.planning.hlo import read_program
+from mos_jax.training.config import ASSEMBLIES, TrainingSection
 from mos_jax.training.optimizer import make_optimizer
 from mos_jax.training.step import AdapterParts, initial_state, make_train_step
 
@@ -33,7 +33,7 @@ def placement(sizes):
     return Placement(make_mesh(resolve_sizes(*sizes, jax.device_count())), 1 << 24)
 
 
-def compiled_step(placed, shardings, remat="products"):
+def compiled_step(placed, shardings, assembly, remat="products"):
     """The step of MoS on weights that are shapes, laid out as `shardings` says."""
     weights = {
         name: jax.ShapeDtypeStruct(shape, np.float32, sharding=shardings(name, shape))
@@ -46,16 +46,21 @@ def compiled_step(placed, shardings, remat="products"):
     state = initial_state(trained, optimizer, jax.random.key(0))
     whole, targets = np.zeros((4, 8), np.int32), np.zeros((4, 2), np.int32)
     batch = Batch(whole, whole, whole, targets, targets, np.ones((4, 2), np.float32), targets)
-    step = make_train_step(optimizer, 0.1, 1, placed)
+    step = make_train_step(optimizer, 0.1, 1, placed, assembly)
     return step.lower(
         placed.place(state), placed.place(parts), model, placed.place_batch(batch)
     ).compile()
 
 
 def gathered_sizes(text):
-    """Entries of the result of every all-gather, largest last."""
-    found = re.findall(r"\w+\[([\d,]+)\]\S* all-gather", text)
-    return sorted(math.prod(map(int, dims.split(","))) for dims in found)
+    """Entries of the result of every all-gather, largest last; combined ones have several."""
+    return sorted(
+        array.size
+        for computation in read_program(text).computations.values()
+        for one in computation.instructions.values()
+        if one.opcode in ("all-gather", "all-gather-start")
+        for array in one.arrays
+    )
 
 
 def held_bytes(compiled):
@@ -63,10 +68,11 @@ def held_bytes(compiled):
     return memory.argument_size_in_bytes + memory.temp_size_in_bytes
 
 
+@pytest.mark.parametrize("assembly", ASSEMBLIES)
 @pytest.mark.parametrize("sizes", MESHES)
-def test_a_step_holds_its_share_of_the_base_and_gathers_one_layer_at_a_time(sizes):
+def test_a_step_holds_its_share_of_the_base_and_gathers_one_layer_at_a_time(sizes, assembly):
     placed = placement(sizes)
-    compiled = compiled_step(placed, placed.weights())
+    compiled = compiled_step(placed, placed.weights(), assembly)
     gathered = gathered_sizes(compiled.as_text())
     assert gathered[-1] == LARGEST_OF_A_LAYER // sizes[2]
     assert held_bytes(compiled) < 0.45 * BASE_BYTES
@@ -76,14 +82,23 @@ def test_a_step_holds_its_share_of_the_base_and_gathers_one_layer_at_a_time(size
 @pytest.mark.parametrize(("remat", "share"), [("full", 0.6), ("none", 0.8)])
 def test_whatever_the_backward_pass_keeps_it_keeps_no_gathered_weights(remat, share):
     placed = placement((1, 4, 1))
-    compiled = compiled_step(placed, placed.weights(), remat)
+    compiled = compiled_step(placed, placed.weights(), TrainingSection().assembly, remat)
     assert gathered_sizes(compiled.as_text())[-1] == LARGEST_OF_A_LAYER
     assert held_bytes(compiled) < share * BASE_BYTES
 
 
+def test_all_arrays_of_a_combined_all_gather_are_seen():
+    text = """ENTRY %main (p: f32[2], q: f32[8]) -> (f32[64], f32[8]) {
+  %p = f32[2]{0} parameter(0)
+  %q = f32[16]{0} parameter(1)
+  ROOT %both = (f32[64]{0}, f32[8]{0}) all-gather(%q, %p), dimensions={0}
+}"""
+    assert gathered_sizes(text) == [8, 64]
+
+
 def test_both_signs_show_when_a_base_is_on_every_device():
     placed = placement((1, 4, 1))
-    compiled = compiled_step(placed, lambda name, shape: placed.everywhere)
+    compiled = compiled_step(placed, lambda name, shape: placed.everywhere, ASSEMBLIES[0])
     assert held_bytes(compiled) > BASE_BYTES
 
     def gather_first(weight):

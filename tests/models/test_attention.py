@@ -1,5 +1,6 @@
 """Every implementation of attention gives what `attend` gives, or is refused with the reason."""
 
+import dataclasses
 import re
 
 import jax
@@ -14,6 +15,7 @@ from mos_jax.distributed.partition import Placement
 from mos_jax.models import attention
 from mos_jax.models.attention import attend, choose_attention, implementation
 from mos_jax.models.decoder import Decoder
+from mos_jax.models.tiny import tiny_config, tiny_weights
 from tests.models.fixtures_decoder import filled_adapter
 from tests.models.fixtures_families import FAMILY_FIELDS, family_decoder
 
@@ -134,3 +136,55 @@ def test_on_a_mesh_every_device_attends_with_its_own_rows_and_heads(name):
 
     expected = run(model)
     assert np.abs(run(divided) - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(("heads", "shared"), [(8, 2), (12, 6), (6, 3)])
+def test_heads_are_divided_where_the_key_heads_alone_are_not(heads, shared, monkeypatch):
+    """Four devices: values, gradients and decoding, and how many heads a device attends with.
+
+    Six query heads are not divided, so that every device has all of them.
+    """
+    config = dataclasses.replace(
+        tiny_config(), num_heads=heads, num_kv_heads=shared, head_dim=8, d_model=48
+    )
+    alone = Decoder(config, {n: jnp.asarray(w) for n, w in tiny_weights(config).items()})
+    placement = Placement(make_mesh(resolve_sizes(1, 1, 4, jax.device_count())), 1 << 24)
+    shardings = placement.weights()
+    placed = {n: jax.device_put(w, shardings(n, w.shape)) for n, w in alone.weights.items()}
+    divided = Decoder(config, placed, mesh=placement.mesh)
+    tokens = jnp.asarray(np.arange(ROWS * LENGTH).reshape(ROWS, LENGTH), jnp.int32)
+    factors = filled_adapter(alone.sites).factors()
+    seen = []
+
+    def spying(name, scale):
+        def attend_to(q, k, v, mask):
+            seen.append((q.shape[2], k.shape[2]))
+            return attend(q, k, v, mask, scale)
+
+        return attend_to
+
+    monkeypatch.setattr("mos_jax.models.decoder.implementation", spying)
+
+    @jax.jit
+    def train(factors, model):
+        def total(factors):
+            out = model.hidden(tokens, factors)
+            return jnp.sum(jnp.sin(out)), out
+
+        return jax.value_and_grad(total, has_aux=True)(factors)
+
+    @jax.jit
+    def decode(factors, model):
+        cache, start = model.empty_cache(ROWS, LENGTH), jnp.zeros(ROWS, jnp.int32)
+        _, cache = model.extend(tokens[:, :-1], start, cache, factors)
+        return model.extend(tokens[:, -1:], start + LENGTH - 1, cache, factors)[0]
+
+    expected = train(factors, alone)
+    assert set(seen) == {(heads, shared)}
+    seen.clear()
+    found = train(factors, divided)
+    # Of twelve query heads and two copies of each of the six key heads, every device has three.
+    assert set(seen) == {{8: (2, 1), 12: (3, 3), 6: (6, 3)}[heads]}
+    pairs = [*zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)]
+    for a, b in (*pairs, (decode(factors, divided), expected[0][1][:, -1:])):
+        assert np.abs(a - b).max() <= 1e-5 * np.abs(b).max()

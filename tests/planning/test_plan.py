@@ -15,7 +15,7 @@ from mos_jax.planning.estimate import estimate
 from mos_jax.planning.plan import advise, knobs, make_plan
 from mos_jax.planning.request import Request
 from mos_jax.planning.resolving import make_request, spread
-from mos_jax.planning.search import candidates, check_search, search
+from mos_jax.planning.search import candidates, check_search, guessed_seconds, meshes, search
 from mos_jax.training.config import RunConfig, default_config
 from tests.planning.fixtures_planning import GIB, RuleCompiler, tiny_request
 
@@ -65,6 +65,21 @@ def test_a_base_and_data_that_are_not_here_are_assumed_in_words():
     assert fewer.targets == 100
 
 
+@pytest.mark.parametrize(
+    ("name", "topology", "noted"),
+    [
+        ("Llama-2-13b-hf", "v5e:16x16", "tensor 16 does not divide its 40 heads"),
+        # Eight key heads, of which each has copies enough for its 64 query heads.
+        ("Llama-2-70b-hf", "v5e:16x16", None),
+        ("Llama-2-13b-hf", "v5e:8x8", None),
+    ],
+)
+def test_attention_that_no_mesh_of_these_rows_divides_is_noted(name, topology, noted):
+    _, notes = make_request(paper(name), find_slice(topology))
+    whole = [note.partition(": ")[2] for note in notes if note.startswith("attention of ")]
+    assert whole == ([] if noted is None else [noted])
+
+
 def test_sizes_that_are_here_are_taken_from_there():
     config = default_config("mos", equivalent_rank=2, rank=4)
     config.base.name = "tiny-random"
@@ -99,6 +114,9 @@ def test_the_chosen_mesh_fits_rows_and_chips(rows, chips):
     data, fsdp, tensor = spread(rows, chips)
     assert data * fsdp * tensor == chips
     assert rows % (data * fsdp) == 0
+    # No larger share of the rows is left, so that no mesh has a tensor that divides more heads.
+    every = [t for _, _, t in meshes(find_slice("v5e:16x16"), rows, known_config("llama2-13b"))]
+    assert chips < 256 or all(other % tensor == 0 for other in every)
 
 
 @pytest.mark.parametrize("model", ["llama3.1-8b", "gemma3-1b", "qwen2.5-0.5b"])
@@ -231,6 +249,23 @@ def test_a_search_tries_every_mesh_and_ranks_what_fits():
     json.dumps(ranking.to_dict())
 
 
+def test_attention_that_is_whole_on_every_chip_is_guessed_to_cost_more():
+    """Of two models that differ in heads alone, the one whose heads tensor 16 does not divide."""
+    whole = known_config("llama2-13b")
+    divided = dataclasses.replace(whole, num_heads=80, num_kv_heads=80, head_dim=64)
+    seconds = {}
+    for model in (whole, divided):
+        for mesh in ((1, 16, 16), (1, 32, 8)):
+            request = tiny_request("v5e:16x16", mesh, rows=32, model=model, remat="full")
+            seconds[model.num_heads, mesh] = guessed_seconds(request)
+    assert seconds[40, (1, 32, 8)] == seconds[80, (1, 32, 8)]
+    assert seconds[40, (1, 16, 16)] > seconds[80, (1, 16, 16)]
+    # Where the rows allow no other mesh, it is tried all the same.
+    few = tiny_request("v5e:16x16", (1, 16, 16), rows=16, model=whole)
+    sizes = {tuple(planning.mesh_sizes(one).values()) for one in candidates(few, (16,), ("full",))}
+    assert (1, 16, 16) in sizes
+
+
 def test_a_search_compiles_no_more_than_asked():
     request = tiny_request("v5e:2x2", (1, 4, 1), rows=4)
     compiler = RuleCompiler(lambda request: 99 * GIB)
@@ -245,6 +280,6 @@ def test_a_search_compiles_no_more_than_asked():
     [((), ("ful",), "did you mean 'full'"), ((0,), (), "1 or more"), ((7,), (), "")],
 )
 def test_searches_that_cannot_be_are_refused(rows, remat, words):
-    request = tiny_request("v5e:16x16", (1, 4, 64), rows=4, model=known_config("llama2-7b"))
-    with pytest.raises(InputError, match=words or "no mesh of v5e:16x16"):
+    request = tiny_request("v5e:16x16", (1, 4, 64), rows=4)
+    with pytest.raises(InputError, match=words or r"no mesh of v5e:16x16 .* 64 and 128 columns"):
         check_search(request, rows, remat)
