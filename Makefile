@@ -20,7 +20,7 @@ SETUP := PYTHON="$(PYTHON)" sh tools/setup.sh
 PYTEST := $(PY) -m pytest -n $(JOBS) --dist loadfile
 CODE := mos_jax experiments configs notebooks tests tools
 
-.PHONY: planner planner-test plans site notebooks help setup interop quickstart test parity lint format fuzz bench scaling accelerator quantized support serving soak study coverage wheel clean distclean
+.PHONY: fields planner planner-test plans site notebooks help setup interop quickstart test parity lint format fuzz bench scaling accelerator quantized support serving soak study coverage wheel clean distclean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -67,6 +67,9 @@ scaling: setup ## How the cost of a step grows with its sizes: numbers and pictu
 
 accelerator: setup ## Check the accelerator that JAX finds against the CPU: results, time, memory
 	$(PY) experiments/check_accelerator.py $(ARGS)
+
+fields: setup ## The fields of a config, from the code: docs/reference/config.md
+	$(PY) -m tools.config_page
 
 support: setup ## What works with what, tried on tiny models: docs/support.md
 	$(PY) tools/support_table.py

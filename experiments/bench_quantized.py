@@ -1,6 +1,7 @@
 r"""Compares a base in fp32, bf16, int8 and NF4: bytes, loss, a short training, time of a step.
 
-python experiments/bench_quantized.py --out=results/quantized.json --report=results/quantized.md
+python experiments/bench_quantized.py --out=results/bench_quantized.json \
+  --report=results/quantized.md
 python experiments/bench_quantized.py --quick
 
 All forms of the base are in one process and train the same adapter on the same batches, a step of

@@ -1,6 +1,7 @@
 r"""Compares K runs trained in one compiled step with the same K runs one after the other.
 
-python experiments/bench_stacked.py --out=results/bench_stacked.json
+python experiments/bench_stacked.py --parts=programs --out=results/bench_stacked_programs.json
+python experiments/bench_stacked.py --parts=clock --out=results/bench_stacked_clock.json
 python experiments/bench_stacked.py --parts=programs --runs=8
 python experiments/bench_stacked.py --quick
 

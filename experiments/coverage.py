@@ -1,7 +1,21 @@
-r"""Prints how often the intervals of `mos_jax.statistics` cover the truth, by simulation.
+r"""Prints how often the intervals of reports hold the truth, by simulation; aim: 95%.
 
 python experiments/coverage.py
-python experiments/coverage.py --replications=500 --items=64
+python experiments/coverage.py --replications=100 --items=64
+
+Scores of known truth are drawn from 100 designs: 2 to 8 seeds, whose spread and mean vary. The
+table has a line for each, printed when it is done. Columns:
+
+  seeds, seed spread, mean   the design; spreads are in log-odds
+  interval of the mean       share of draws in which an arm's 95% interval holds its true accuracy
+  its width                  mean width of that interval
+  crossed bootstrap          the same share for the interval of a bootstrap, to compare
+  difference                 for the paired difference of two arms that are equally good
+  ... moving together        the same where the seeds of both arms are good or bad together
+  same, as independent       the same draws, by an interval that does not pair the seeds
+
+Nothing is loaded or written. The defaults take about 3 minutes on one CPU core, in proportion to
+--replications; a share near 95% of 4,000 draws is then good to about 0.7 points.
 """
 
 from collections.abc import Sequence

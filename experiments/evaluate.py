@@ -3,7 +3,13 @@ r"""Evaluates a trained adapter and its base on held-out questions.
 python experiments/evaluate.py --adapter=runs/q/adapter
 python experiments/evaluate.py --adapter=runs/q/adapter --task=leg_counting --split=validation
 
-Without --task it is the task, and the very test set, that the adapter was trained for.
+Without --task it is the task, and the very test set, that the adapter was trained for. Prints exact
+match with its 95% interval and the loss, of the base, of the adapter and of the commonest answer,
+and some questions with both answers. An answer is right when all of it is, its end included; tasks
+of reasoning-gym that have a scorer of their own are judged by that, on generated answers.
+
+--out has all of it as JSON, and the score of every question. Nothing else is written. The 256 questions of the quickstart take
+about a minute and a half on 2 CPU cores, half of it for the base.
 """
 
 import json

@@ -5,7 +5,13 @@ python experiments/report.py --workdir=runs/strategies --baseline="LoRA e=2,LoRA
 python experiments/report.py --workdir=runs/equal_e1,runs/equal_e2 --out=runs/equal
 
 It can be called at any time: runs that are missing or failed are listed as such, and an arm's
-numbers are from the seeds that are there.
+numbers are from the seeds that are there. Takes some seconds, and about a minute more to look into
+the pools of one MoS run (--nosharing leaves that out, and needs neither base nor data).
+
+In --out, by default the folder `report` in the first --workdir, are then report.html, to be read
+first, one file with its pictures in it; report.md, the same with its pictures as PNG beside it;
+results.json, a record for each run; and summary.json, the numbers of the tables. An earlier report
+there is replaced.
 """
 
 from collections.abc import Sequence

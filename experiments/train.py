@@ -5,6 +5,23 @@ python experiments/train.py --config=configs/quickstart.py --workdir=runs/q --dr
 python experiments/train.py --config=configs/quickstart.py --workdir=runs/q2 \
   --config.training.steps=200 --config.adapter.rank=16
 
+Configs: configs/quickstart.py (4 minutes on 2 CPU cores), configs/own_data.py (your own JSONL file:
+--config.data.train_path=mine.jsonl), configs/smoke.py (seconds; a random base). A word after the
+name is the method, as in --config=configs/quickstart.py:lora: lora, mos, prolora, rasa, share_lora,
+tied_lora, uni_lora, vb_lora or vera. Any field can be set; docs/reference/config.md lists them.
+
+In --workdir are then:
+
+  adapter/         the adapter, for evaluate.py, generate.py, convert.py and serve.py
+  summary.json     scores on held-out questions, sizes, times; marks the run as finished
+  scores.json      the score of every question
+  metrics.jsonl    a line for each step; tensorboard/ has the same for TensorBoard
+  config.json      every field as it was used
+  checkpoints/     where the same command goes on after Ctrl-C, SIGTERM or a power cut
+
+A finished run goes on with a larger --config.training.steps; another method or rank needs another
+--workdir.
+
 On several hosts, the same command on each of them; see docs/many_hosts.md:
 python experiments/train.py --config=configs/quickstart.py --workdir=/shared/q \
   --config.mesh.fsdp=-1 --config.data.batch_size=16 \

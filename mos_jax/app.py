@@ -43,7 +43,12 @@ def define_config(default: str) -> flags.FlagHolder:
     sys.path.append(str(Path(sys.argv[0]).resolve().parents[1]))
     try:
         holder = config_flags.DEFINE_config_file(
-            "config", default, "The run; any field can be set: --config.training.steps=200."
+            "config",
+            default,
+            "File of the configuration, or file.py:word, where the word goes to its get_config(): "
+            "configs/quickstart.py:lora trains LoRA. Any field can be set, as in "
+            "--config.training.steps=200; docs/reference/config.md lists all of them with their "
+            "meaning, and a name that is none is answered with the nearest.",
         )
     except CONFIG_ERRORS as error:
         _leave(f"{_in_words(error)}; see --help", USER_ERROR)
@@ -121,6 +126,10 @@ def _parse(argv: Sequence[str]) -> list[str]:
         # A config file that cannot be loaded shows only when its value is asked for.
         if "config" in flags.FLAGS:
             _ = dict(flags.FLAGS["config"].value or {})
+    except SystemExit:
+        # --help has been answered; absl takes that for a failure.
+        print()
+        sys.exit(0)
     except CONFIG_ERRORS as error:
         _leave(f"{_in_words(error)}; see --help", USER_ERROR)
     if len(rest) > 1:
@@ -131,12 +140,11 @@ def _parse(argv: Sequence[str]) -> list[str]:
     return rest
 
 
-def _in_words(error: Exception) -> str:
-    text = str(error.args[0] if error.args else error)
-    # What a config file's own code raised arrives as a whole trace; its last line says it.
-    if "Traceback (most recent call last)" in text:
-        text = text.strip().splitlines()[-1].partition(": ")[2]
-    return " ".join(text.replace("\\n", " ").split())
+def _in_words(error: BaseException) -> str:
+    # What a config file's own code raised comes wrapped, its whole trace a part of the message.
+    while "Traceback (most recent call last)" in str(error) and error.__context__ is not None:
+        error = error.__context__
+    return " ".join(str(error.args[0] if error.args else error).split())
 
 
 def _guarded(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> None:

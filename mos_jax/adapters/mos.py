@@ -68,8 +68,8 @@ class MoSConfig(AdapterConfig):
       private_rank: p, vectors of each site that belong to it alone.
       alpha: the scale is alpha / rank; the active rank scales, not the equivalent one.
       routing_seed: seeds the routing tables (and fixed random scalars) through NumPy.
-      subset_selection: see the table in the module.
-      pair_dissociation: see the table in the module.
+      subset_selection: a block draws (r - p) l public shards; off: every block uses all of them.
+      pair_dissociation: A and B are routed independently; off: B uses A's table.
       random_scaling: None; or every site multiplies its r vectors of A by scalars of its own
         ~ N(mean, std), "fixed" or "trained" (the pilot study's arm). The trained ones are L r
         more trained parameters for each site type, beyond the budget.

@@ -40,10 +40,11 @@ class BaseSection(Section):
 
     Attributes:
       name: a name or a path.
-      dtype: of the weights and of the computation.
-      remat: what the backward pass computes again: see docs/fastest_step.md.
+      dtype: "float32" or "bfloat16", of the weights and of the computation.
+      remat: what the backward pass computes again, "none", "products", "attention" or "full": see
+        docs/fastest_step.md.
       quantize: how the weights of the sites are stored: "int8", "nf4", or None for `dtype`.
-      attention: "auto", or the name of an implementation.
+      attention: the implementation: "auto", "grouped", "xla" or "cudnn".
       logits_mib: MiB of logits that a device may hold at one time for a loss; 0 = any.
     """
 
@@ -108,14 +109,14 @@ class TrainingSection(Section):
 
     Attributes:
       steps: optimiser steps.
-      learning_rate: peak rate.
+      learning_rate: its peak, after the warm-up.
       schedule: after the warm-up: "linear" or "cosine" to 0 at `steps`, or "constant".
       warmup_share: share of `steps` in which the rate rises linearly from 0.
       weight_decay: AdamW's, decoupled.
       clip_norm: global norm of the gradient; 0 = no clipping.
       b1: AdamW's first decay rate.
       b2: AdamW's second decay rate.
-      eps: AdamW's.
+      eps: AdamW's, beside the root of the second moment.
       accumulation: batches whose gradients are summed to one step; the loss is the mean over all
         their target tokens, as if they were one batch.
       assembly: where a step assembles the adapter's factors: "before" the scan over the blocks, of

@@ -26,7 +26,7 @@ from tests.experiments.fixtures_programs import ROOT
 from tools.program_flags import flags_of
 
 FLAGS = {
-    name for name, _, _ in flags_of(ast.parse((ROOT / "experiments/train.py").read_text("utf-8")))
+    flag.name for flag in flags_of(ast.parse((ROOT / "experiments/train.py").read_text("utf-8")))
 }
 
 

@@ -56,7 +56,7 @@ def test_what_is_not_run_has_programs_and_flags_that_exist(name):
             assert re.search(rf"^{words[0]}:", makefile, re.MULTILINE), words[0]
         elif command.endswith("python") and words[0].startswith("experiments/"):
             tree = ast.parse((ROOT / words[0]).read_text(encoding="utf-8"))
-            known = {flag for flag, _, _ in flags_of(tree)} | ALWAYS
+            known = {flag.name for flag in flags_of(tree)} | ALWAYS
             for word in words[1:]:
                 if word.startswith("--") and not word.startswith("--config."):
                     flag = word[2:].partition("=")[0]
