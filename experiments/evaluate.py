@@ -8,8 +8,8 @@ match with its 95% interval and the loss, of the base, of the adapter and of the
 and some questions with both answers. An answer is right when all of it is, its end included; tasks
 of reasoning-gym that have a scorer of their own are judged by that, on generated answers.
 
---out has all of it as JSON, and the score of every question. Nothing else is written. The 256 questions of the quickstart take
-about a minute and a half on 2 CPU cores, half of it for the base.
+--out has all of it as JSON, and the score of every question. Nothing else is written. The 256
+questions of the quickstart take about a minute on 2 CPU cores.
 """
 
 import json
