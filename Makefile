@@ -20,7 +20,7 @@ SETUP := PYTHON="$(PYTHON)" sh tools/setup.sh
 PYTEST := $(PY) -m pytest -n $(JOBS) --dist loadfile
 CODE := mos_jax experiments configs notebooks tests tools
 
-.PHONY: fields planner planner-test plans site notebooks help setup interop quickstart test parity lint format fuzz bench scaling accelerator quantized support serving soak study coverage wheel clean distclean
+.PHONY: fields planner planner-test plans site notebooks help setup interop quickstart test parity lint format fuzz bench step scaling accelerator quantized support serving soak study coverage wheel clean distclean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -61,6 +61,9 @@ format: setup ## Rewrite the code as ruff wants it
 
 bench: interop ## Time training steps against the reference implementations
 	$(PY) experiments/bench_training.py $(ARGS)
+
+step: setup ## Numbers of docs/fastest_step.md: remat, limits of logits, cold start (minutes; resumes)
+	$(PY) experiments/bench_step.py --out=results/fastest_step.json --report=results/fastest_step.md $(ARGS)
 
 scaling: setup ## How the cost of a step grows with its sizes: numbers and pictures (minutes; resumes)
 	$(PY) experiments/scaling.py --out=results/scaling.json --pictures=results $(ARGS)

@@ -169,11 +169,12 @@ class PeftDense:
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One way to run the Trainer: the examples of a batch, the LoRA, the attention."""
+    """One way to run the Trainer: the batches, the LoRA, the attention, the products."""
 
     batches: str
     rank: int
     attention: str
+    onednn: bool = False
 
 
 class PeftJob:
@@ -203,7 +204,11 @@ class PeftJob:
             f"peft r={first} {batches} {attention}": Setting(batches, first, attention)
             for batches in self._batches
             for attention in ("sdpa", "eager")
-        } | {f"peft r={rank} grouped sdpa": Setting("grouped", rank, "sdpa") for rank in others}
+        }
+        self._settings |= {
+            f"peft r={first} grouped sdpa onednn": Setting("grouped", first, "sdpa", True),
+            **{f"peft r={rank} grouped sdpa": Setting("grouped", rank, "sdpa") for rank in others},
+        }
 
     def prepare(self) -> dict[str, Facts]:
         """Computes the loss of the first batch of the plan."""
@@ -217,7 +222,7 @@ class PeftJob:
         tokens = sum(self._lengths[i] for batch in batches for i in batch)
         # In the order of the plan, whatever the setting: the same loss for all.
         first = collate([self._row(i) for i in self._batches["same"][0]])
-        with torch.no_grad():
+        with torch.no_grad(), _products_by(setting.onednn):
             loss = self._model(**first).loss.item()
         return {
             "loss": loss,
@@ -251,7 +256,8 @@ class PeftJob:
             # One to warm up, all, and one more, since the next batch is always made ahead.
             trainer.batches = [batches[-1], *batches, batches[0]]
             trainer.remove_callback(transformers.PrinterCallback)
-            trainer.train()
+            with _products_by(setting.onednn):
+                trainer.train()
         return clock.ends[-1] - clock.ends[0]
 
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.bench.report import Say
-from experiments.bench.rounds import ratio, spread
+from experiments.bench.rounds import ratio, spread, spread_words
 from experiments.bench.worker import Facts
 from mos_jax.evaluation.answers import teacher_forced
 from mos_jax.models.base import load_base
@@ -207,18 +207,14 @@ def report(found: dict[str, Any], command: str) -> str:
                 [
                     name,
                     f"{spread(facts['processor_seconds'][1:])['median']:.2f}",
-                    _shown(facts["processor_seconds_ratio"]),
-                    _shown(facts["seconds_ratio"]),
+                    spread_words(facts["processor_seconds_ratio"]),
+                    spread_words(facts["seconds_ratio"]),
                 ]
                 for name, facts in forms.items()
             ],
         ),
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
-
-
-def _shown(found: Facts) -> str:
-    return f"{found['median']:.2f} ({found['min']:.2f} to {found['max']:.2f})"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

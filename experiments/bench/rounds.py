@@ -95,6 +95,48 @@ def _undisturbed(name: str, runner: Runner, say: Callable[[str], None], tries: i
     return min(runs, key=lambda run: run.others or 0.0)
 
 
+@dataclass(frozen=True)
+class Rounds:
+    """How something is measured.
+
+    Attributes:
+      count: rounds that count; one more warms up.
+      threads: processors that a contestant may use.
+      tries: how often a disturbed run is made at most.
+    """
+
+    count: int
+    threads: int
+    tries: int = TRIES
+
+
+def play_facts(
+    contestants: Sequence[tuple[str, Runner]], how: Rounds, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """`play`, as JSON values by contestant.
+
+    Returns:
+      By contestant `seconds`, `processor_seconds` and `others` by round; and the spread over the
+      rounds of its processor seconds (`ratio`) and seconds (`clock_ratio`) to those of the first.
+    """
+    played = play(contestants, how.count, say, how.tries)
+    first = contestants[0][0]
+    return {
+        name: {
+            "seconds": played.seconds[name],
+            "processor_seconds": played.processor[name],
+            "others": played.others[name],
+            "ratio": _ratios(played.processor[name], played.processor[first]),
+            "clock_ratio": _ratios(played.seconds[name], played.seconds[first]),
+        }
+        for name, _ in contestants
+    }
+
+
+def _ratios(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
+    return spread([a / b for a, b in zip(above, below, strict=True)])
+
+
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median, smallest and largest."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
@@ -109,6 +151,11 @@ def ratio(
     """The spread of the ratios of each round, beside the bound it is held to."""
     each = [a / b for a, b in zip(above, below, strict=True)]
     return {**spread(each), "rounds": each, "at_most": at_most, "at_least": at_least}
+
+
+def spread_words(spread: Mapping[str, float]) -> str:
+    """A spread in words: the median (smallest to largest)."""
+    return f"{spread['median']:.2f} ({spread['min']:.2f} to {spread['max']:.2f})"
 
 
 def check_losses(found: Mapping[str, Mapping[str, Any]]) -> None:

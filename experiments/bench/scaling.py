@@ -1,17 +1,16 @@
 """How a step's cost grows with each of its sizes, and where assembly belongs: tables of numbers.
 
-Every number is written as soon as it is known, so that a run that was interrupted goes on.
+Every number is written as soon as it is known, see `notes.py`, so that a run that was interrupted
+goes on.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-import json
-import statistics
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 from unittest import mock
 
@@ -20,11 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.bench.dense import dense_batch, dense_tokens
-from experiments.bench.worker import Facts
+from experiments.bench.notes import Notes, Say
+from experiments.bench.rounds import Rounds, play_facts, spread_words
+from experiments.bench.worker import Facts, Worker
 from mos_jax.adapters.methods import create_adapter
 from mos_jax.adapters.mos import MoSConfig
 from mos_jax.adapters.unassembled import unassembled
-from mos_jax.files import write_file
 from mos_jax.models.base import Base
 from mos_jax.models.config import DecoderConfig
 from mos_jax.models.decoder import Decoder
@@ -42,46 +42,31 @@ from mos_jax.planning.request import Request
 from mos_jax.training import step
 from mos_jax.training.config import ASSEMBLIES
 from mos_jax.training.optimizer import make_optimizer
+from mos_jax.training.session import Loads
 from mos_jax.training.step import AdapterParts, initial_state, make_train_step
 
-Say = Callable[[str], None]
 # Known bases, with rows and tokens of a batch.
 BASES = {"smollm2-135m": (8, 128), "llama3.2-1b": (4, 512), "llama2-7b": (4, 512)}
 PLACES = (*ASSEMBLIES, "unassembled")
 # At which the places of assembly are compared. Without any, cost does not depend on r.
 SETTINGS = {
+    MoSConfig(2, 16, 1, 1): ASSEMBLIES,
     MoSConfig(2, 16, 8, 1): PLACES,
+    MoSConfig(8, 64, 1, 1): ASSEMBLIES,
     MoSConfig(8, 64, 8, 1): ASSEMBLIES,
     MoSConfig.pure_sharing(2): PLACES,
-    MoSConfig(2, 16, 1, 1): ASSEMBLIES,
 }
+# Of which seconds are taken, with the places that are compared. ("Not at all" at the second would
+# take 30 times the operations of the branch.)
+TIMED = {
+    MoSConfig(2, 8, 2, 1): PLACES,
+    MoSConfig(8, 64, 8, 1): ASSEMBLIES,
+    MoSConfig.pure_sharing(2): PLACES,
+}
+# The same on a tiny base.
+TIMED_QUICKLY = {MoSConfig(2, 2, 2, 1): PLACES, MoSConfig.pure_sharing(2): PLACES}
+_PLACE_WORDS = {"unassembled": "not at all"}
 ADAPTER_AXES = ("rank", "equivalent_rank", "shards_per_vector")
-
-
-class Notes:
-    """Facts by key, in a file that is written after each."""
-
-    def __init__(self, path: Path):
-        self._path = path
-        self.found: dict[str, Any] = {}
-        if path.is_file():
-            self.found = json.loads(path.read_text(encoding="utf-8"))
-
-    def get(self, key: str, find: Callable[[], Any], say: Say) -> Any:
-        """The facts of `key`, found now unless they were found before."""
-        if key not in self.found:
-            start = time.process_time()
-            self.put(key, find())
-            say(f"{key}: {time.process_time() - start:.1f} processor seconds")
-        return self.found[key]
-
-    def put(self, key: str, facts: Any) -> None:
-        """Sets the facts of `key` and writes the file."""
-        self.found[key] = facts
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        part = self._path.with_suffix(".part")
-        write_file(part, (json.dumps(self.found, indent=1, sort_keys=True) + "\n").encode())
-        part.replace(self._path)
 
 
 def count_scaling(request: Request, notes: Notes, say: Say) -> None:
@@ -99,10 +84,10 @@ def count_scaling(request: Request, notes: Notes, say: Say) -> None:
 
 
 def count_devices(request: Request, notes: Notes, say: Say) -> None:
-    """Costs on each device along each axis of a mesh, for either place of assembly."""
+    """Costs on each device along each axis of a mesh; on the most also for assembly inside."""
     for where in ASSEMBLIES:
         for name in MESH_AXES:
-            for count in DEVICES:
+            for count in DEVICES if where == ASSEMBLIES[0] else DEVICES[-1:]:
                 asked = assembled(vary(request, name, count), where)
                 key = f"devices/{name}/{count}/{where}"
                 notes.get(key, functools.partial(_costs, asked, notes), say)
@@ -111,8 +96,8 @@ def count_devices(request: Request, notes: Notes, say: Say) -> None:
 def _costs(asked: Request, notes: Notes) -> Facts:
     """The costs of a request; those of a step that is known already are not found again."""
     program = asked.digest()
-    for facts in notes.found.values():
-        if isinstance(facts, dict) and facts.get("program") == program:
+    for key, facts in notes.found.items():
+        if notes.known(key) and facts.get("program") == program:
             return facts
     return {"program": program, **step_costs(asked).to_dict()}
 
@@ -141,59 +126,76 @@ def _place(
 ) -> Facts:
     config = dataclasses.replace(request.config, adapter=adapter)
     asked = make_request(config, model, rows, width)
+    with _standing_in(where) as place:
+        return step_costs(assembled(asked, place)).to_dict()
+
+
+@contextlib.contextmanager
+def _standing_in(where: str) -> Iterator[str]:
+    """A place of assembly under the name that a run may choose; see `PLACES`."""
     if where in ASSEMBLIES:
-        return step_costs(assembled(asked, where)).to_dict()
+        yield where
+        return
     # Not a choice of a run, so it stands in for one here.
     with mock.patch.dict(step.SOURCES, inside=lambda a: functools.partial(unassembled, a)):
-        return step_costs(assembled(asked, "inside")).to_dict()
+        yield "inside"
 
 
-def time_scaling(request: Request, base: Base, rounds: int, notes: Notes, say: Say) -> None:
-    """Seconds of a step along each axis, the values of an axis in interleaved rounds."""
-    for axis in scaling_axes(request):
-        key = f"seconds/{axis.name}"
-        if key in notes.found:
-            continue
-        runs = {value: _ready(vary(request, axis.name, value), base) for value in axis.values}
-        notes.put(key, interleave({str(value): run for value, run in runs.items()}, rounds, say))
-        say(f"{key}: done")
-
-
-def time_places(request: Request, base: Base, rounds: int, notes: Notes, say: Say) -> None:
+def time_places(
+    request: Request,
+    settings: Mapping[MoSConfig, Sequence[str]],
+    how: Rounds,
+    notes: Notes,
+    say: Say,
+) -> None:
     """Seconds of a step for each place of assembly, in interleaved rounds."""
-    for rank, budget, shards in ((8, 2, 2), (64, 8, 8)):
-        key = f"seconds_of_places/{rank}/{budget}/{shards}"
-        if key in notes.found:
-            continue
-        config = dataclasses.replace(request.config, adapter=MoSConfig(budget, rank, shards, 1))
+    for setting, places in settings.items():
+        config = dataclasses.replace(request.config, adapter=setting)
         asked = dataclasses.replace(request, config=config)
-        runs = {where: _ready(assembled(asked, where), base) for where in ASSEMBLIES}
-        with mock.patch.dict(step.SOURCES, inside=lambda a: functools.partial(unassembled, a)):
-            runs["unassembled"] = _ready(assembled(asked, "inside"), base)
-        notes.put(key, interleave(runs, rounds, say))
+        runs = {where: (asked, where) for where in places}
+        key = f"seconds_of_places/{request.rows} x {request.width}/{setting_name(setting)}"
+        notes.get(key, functools.partial(_interleaved, runs, how, say), say)
 
 
-def interleave(runs: dict[str, Callable[[], None]], rounds: int, say: Say) -> Facts:
-    """Runs all in turn, once to warm up and then `rounds` times.
+def time_scaling(request: Request, how: Rounds, notes: Notes, say: Say) -> None:
+    """Seconds of a step along each axis, the values of an axis in interleaved rounds."""
+    where = request.config.training.assembly
+    for axis in scaling_axes(request):
+        runs = {str(value): (vary(request, axis.name, value), where) for value in axis.values}
+        key = f"seconds/{axis.name}"
+        notes.get(key, functools.partial(_interleaved, runs, how, say), say)
 
-    Returns:
-      By run `seconds` and `processor_seconds` by round, and `ratio`, the median over the rounds of
-      its processor seconds to those of the first run.
+
+def _interleaved(runs: Mapping[str, tuple[Request, str]], how: Rounds, say: Say) -> Facts:
+    with Worker("experiments.bench.scaling:Steps", how.threads, runs=runs) as worker:
+        return play_facts([(name, worker) for name in worker.prepare()], how, say)
+
+
+class Steps:
+    """Real steps by name, on random tokens; see `worker.Side`.
+
+    Args:
+      runs: by name, a step and its place of assembly, all on one base or its first blocks.
     """
-    found: dict[str, Any] = {name: {"seconds": [], "processor_seconds": []} for name in runs}
-    for number in range(rounds + 1):
-        for name, run in runs.items():
-            clock, processor = time.perf_counter(), time.process_time()
-            run()
-            if number:
-                found[name]["seconds"].append(time.perf_counter() - clock)
-                found[name]["processor_seconds"].append(time.process_time() - processor)
-        say(f"round {number} of {rounds}: {', '.join(runs)}")
-    first = found[next(iter(runs))]["processor_seconds"]
-    for facts in found.values():
-        pairs = zip(facts["processor_seconds"], first, strict=True)
-        facts["ratio"] = statistics.median(a / b for a, b in pairs)
-    return found
+
+    def __init__(self, runs: Mapping[str, tuple[Request, str]]):
+        sections = {request.config.base for request, _ in runs.values()}
+        (section,) = sections
+        base = Loads().base(section)
+        self._calls: dict[str, Callable[[], None]] = {}
+        for name, (request, where) in runs.items():
+            with _standing_in(where) as place:
+                self._calls[name] = _ready(assembled(request, place), base)
+
+    def prepare(self) -> dict[str, Facts]:
+        """Nothing more: all are compiled."""
+        return {name: {} for name in self._calls}
+
+    def run(self, contestant: str) -> float:
+        """One step."""
+        start = time.perf_counter()
+        self._calls[contestant]()
+        return time.perf_counter() - start
 
 
 def _ready(request: Request, base: Base) -> Callable[[], None]:
@@ -222,7 +224,8 @@ def _shallow(model: Decoder, depth: int) -> Decoder:
         name: jnp.asarray(np.asarray(weight)[:depth]) if name.startswith("blocks/") else weight
         for name, weight in model.weights.items()
     }
-    return Decoder(dataclasses.replace(model.config, num_layers=depth), weights, model.remat)
+    config = dataclasses.replace(model.config, num_layers=depth)
+    return Decoder(config, weights, model.remat, None, model.attention, model.logits_mib)
 
 
 def places_table(found: dict[str, Any]) -> str:
@@ -239,7 +242,26 @@ def places_table(found: dict[str, Any]) -> str:
                     continue
                 numbers = (facts["flops"] / 1e9, facts["bytes"] / 1e9, facts["temporaries"] / 2**20)
                 cells = " | ".join(f"{number:,.0f}" for number in numbers)
-                place = "not at all" if where == "unassembled" else where
+                place = _PLACE_WORDS.get(where, where)
                 name = f"{base}, {rows} x {width}"
                 lines.append(f"| {name} | {setting_name(setting)} | {place} | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
+def seconds_table(found: dict[str, Any]) -> str:
+    """Seconds by place of assembly as a table in Markdown: ratios to the first place."""
+    lines = [
+        "| batch | MoS | assembled | processor seconds, ratio | seconds, ratio | others, most |",
+        "| --- | --- | --- | ---: | ---: | ---: |",
+    ]
+    for key, facts in sorted(found.items()):
+        part, *names = key.split("/")
+        if part == "seconds_of_places":
+            for where in (place for place in PLACES if place in facts):
+                run = facts[where]
+                cells = (
+                    *names, _PLACE_WORDS.get(where, where), spread_words(run["ratio"]),
+                    spread_words(run["clock_ratio"]), f"{max(run['others']):.0%}",
+                )  # fmt: skip
+                lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

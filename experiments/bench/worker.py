@@ -93,14 +93,10 @@ class Worker:
 
     def run(self, contestant: str) -> Run:
         """Calls `Side.run` there."""
-        before = _processor_ticks(self._process.pid)
+        before = processor_ticks(self._process.pid)
         seconds, processor = self._call("run", contestant)
-        after = _processor_ticks(self._process.pid)
-        if before is None or after is None:
-            return Run(seconds, None, processor)
-        total, idle, own = (b - a for a, b in zip(before, after, strict=True))
-        others = max(0.0, (total - idle - own) / max(total, 1))
-        return Run(seconds, others, processor)
+        after = processor_ticks(self._process.pid)
+        return Run(seconds, others_share(before, after), processor)
 
     def ask(self, call: str, *words: str) -> Any:
         """Calls another method of the side; what it returns must be picklable."""
@@ -122,15 +118,32 @@ class Worker:
         return answer, processor
 
 
-def _processor_ticks(process: int | None) -> tuple[int, int, int] | None:
-    """Ticks of all processors, of their idling, and of one process (Linux)."""
+Ticks = tuple[int, int, int]
+
+
+def processor_ticks(process: int | None) -> Ticks | None:
+    """Ticks of all processors, of their idling, and of one process (Linux); None elsewhere.
+
+    Where `process` is None, no process has had any.
+    """
     try:
         every = [int(n) for n in Path("/proc/stat").read_text().partition("\n")[0].split()[1:9]]
         # Behind the name, which is in brackets and may hold anything.
-        own = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        own = [0] * 13
+        if process is not None:
+            stat = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+            own = [int(number) for number in stat[1:14]]
     except OSError:
         return None
-    return sum(every), every[3] + every[4], int(own[11]) + int(own[12])
+    return sum(every), every[3] + every[4], own[10] + own[11]
+
+
+def others_share(before: Ticks | None, after: Ticks | None) -> float | None:
+    """Share of the machine's processor time between two readings that other programs took."""
+    if before is None or after is None:
+        return None
+    total, idle, own = (b - a for a, b in zip(before, after, strict=True))
+    return max(0.0, (total - idle - own) / max(total, 1))
 
 
 def _serve(pipe: Connection, name: str, cpus: int, arguments: dict[str, Any]) -> None:

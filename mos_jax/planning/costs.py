@@ -1,7 +1,8 @@
 """What a training step costs, read off its compiled program, and how that grows with its sizes.
 
 Nothing is run and no weight exists, so that a 7B base is as cheap to ask about as a small one. All
-numbers are those of one device. Loops count as often as they run.
+numbers are those of one device. Loops count as often as they run. Axis legend: N tokens, d model
+width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from mos_jax.adapters.mos import MoSConfig
 from mos_jax.errors import InputError
 from mos_jax.models.config import DecoderConfig
+from mos_jax.models.head import score_targets
 from mos_jax.planning.counting import count_program
 from mos_jax.planning.hlo import read_program
 from mos_jax.planning.outline import outline_step
@@ -84,6 +87,34 @@ def step_costs(request: Request) -> Costs:
         received=sum(kind["received"] for kind in kinds.values()),
         collectives={name: kind["count"] for name, kind in kinds.items()},
     )
+
+
+def compile_loss(model: DecoderConfig, tokens: int, limit: float, dtype: str = "float32") -> Any:
+    """The loss of `tokens` targets and its gradient by the hidden states, without the blocks.
+
+    Args:
+      model: whose head it is.
+      tokens: N, all of them targets.
+      limit: bytes of logits that may exist at one time, see `chunk_size`; 0: any.
+      dtype: of hidden states and head.
+
+    Returns:
+      The compiled function of hidden states [N, d], targets int32 [N] and the head's weight
+      ([V, d], or [d, V] where it is not tied), to the summed loss in nats and the gradient [N, d].
+    """
+    tied = model.tied_embeddings
+    shape = (model.vocab_size, model.d_model) if tied else (model.d_model, model.vocab_size)
+
+    def loss(hidden: jax.Array, targets: jax.Array, weight: jax.Array) -> jax.Array:
+        nats, _ = score_targets(hidden, targets, weight, 0 if tied else 1, None, limit)
+        return jnp.sum(nats)
+
+    arguments = (
+        jax.ShapeDtypeStruct((tokens, model.d_model), jnp.dtype(dtype)),
+        jax.ShapeDtypeStruct((tokens,), jnp.int32),
+        jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)),
+    )
+    return jax.jit(jax.value_and_grad(loss)).lower(*arguments).compile()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -85,7 +85,7 @@ def _seconds(axes: Axes, facts: Mapping[str, Any] | None) -> None:
     if facts is None:
         axes.text(0.5, 0.5, "not measured", ha="center", color=FAINT, transform=axes.transAxes)
         return
-    by_value = {int(value): run["processor_seconds"] for value, run in facts.items()}
+    by_value = {int(v): run["processor_seconds"] for v, run in facts.items() if v.isdigit()}
     first = by_value[min(by_value)]
     medians = {}
     for value, seconds in sorted(by_value.items()):
@@ -98,7 +98,7 @@ def _seconds(axes: Axes, facts: Mapping[str, Any] | None) -> None:
 def _from_zero(axes: Axes, values: list[int]) -> None:
     axes.set_ylim(0, 1.08 * axes.dataLim.y1 if axes.has_data() else 1)
     axes.set_xlim(0, max(values) * 1.06)
-    axes.set_xticks(values[-3:] if len(values) > 3 else values)
+    axes.set_xticks(values)
 
 
 @styled

@@ -19,11 +19,12 @@ from mos_jax.adapters.methods import create_adapter
 from mos_jax.data.batches import Batch
 from mos_jax.errors import InputError
 from mos_jax.evaluation.loss import summed_loss
-from mos_jax.models.base import Base, load_base
+from mos_jax.models.base import Base
 from mos_jax.models.decoder import Decoder
 from mos_jax.models.generation import Sampling, generate
 from mos_jax.training.config import RunConfig
 from mos_jax.training.optimizer import make_optimizer
+from mos_jax.training.session import Loads
 from mos_jax.training.step import AdapterParts, initial_state, make_train_step
 
 # Largest difference to the CPU in units of its largest number, by dtype of the base. In fp32 both
@@ -72,6 +73,18 @@ class Step:
         return cls(
             optimizer, make_train_step(optimizer, section.dropout, 1, None, section.assembly)
         )
+
+
+def check_alone(config: RunConfig) -> None:
+    """Raises InputError for what no step of one batch on one device has."""
+    for name, value in (
+        ("training.accumulation", config.training.accumulation),
+        *((f"mesh.{axis}", getattr(config.mesh, axis)) for axis in ("data", "fsdp", "tensor")),
+    ):
+        if value != 1:
+            raise InputError(
+                f"{name} is {value}; one device is checked with a batch a step, which needs 1"
+            )
 
 
 def find_devices() -> tuple[jax.Device, jax.Device]:
@@ -164,11 +177,13 @@ def results_on(
 def compare(config: RunConfig, device: jax.Device, cpu: jax.Device) -> list[Compared]:
     """Results on `device` beside those on the CPU, for a base in fp32 and one in bf16.
 
-    The accelerator runs the attention that "auto" chooses there, and "grouped" if that is another.
+    The base is that of the config in all else. The accelerator runs "grouped" attention and that of
+    the config, which in the dtype that is not the config's is "auto".
 
     Raises:
-      InputError: if the base or the adapter is refused.
+      InputError: if the base or the adapter is refused, or by `check_alone`.
     """
+    check_alone(config)
     compared, step = [], Step.of(config)
     for dtype, tolerance in TOLERANCES.items():
         with jax.default_device(cpu):
@@ -176,8 +191,10 @@ def compare(config: RunConfig, device: jax.Device, cpu: jax.Device) -> list[Comp
             parts, trained = filled_parts(config, plain)
         batch = random_batch(plain.config.vocab_size, 2, 32)
         wanted = results_on(cpu, plain.model, parts, trained, batch, step)
-        # On the CPU alone the same program runs twice.
-        for attention in ("grouped", "auto") if device != cpu else ("grouped",):
+        chosen = config.base.attention if dtype == config.base.dtype else "auto"
+        # On the CPU alone "auto" is "grouped", so that the same program runs twice.
+        others = () if device == cpu and chosen == "auto" else (chosen,)
+        for attention in dict.fromkeys(("grouped", *others)):
             with jax.default_device(cpu):
                 base = _load(config, dtype, attention)
             got = results_on(device, base.model, parts, trained, batch, step)
@@ -197,8 +214,7 @@ def compare(config: RunConfig, device: jax.Device, cpu: jax.Device) -> list[Comp
 
 
 def _load(config: RunConfig, dtype: str, attention: str) -> Base:
-    section = config.base
-    return load_base(section.name, dtype, section.remat, attention=attention)
+    return Loads().base(dataclasses.replace(config.base, dtype=dtype, attention=attention))
 
 
 def _difference(got: Any, wanted: Any) -> float:
@@ -212,16 +228,20 @@ def _difference(got: Any, wanted: Any) -> float:
 def time_step(
     config: RunConfig, device: jax.Device, rows: int, width: int, rounds: int
 ) -> dict[str, Any]:
-    """Times training steps of `rows` x `width` tokens on `device`, in the dtype of the config.
+    """Times training steps of `rows` x `width` tokens on `device`, on the base of the config.
 
     Returns:
       `compile_seconds`; `seconds`, the median, least and largest of `rounds` steps after two that
       warm up, each waited for; `tokens_per_second` of the median; `temporary_bytes` of the
       compiled step; and `memory`, what the device says of its own, empty where it says nothing.
+
+    Raises:
+      InputError: if the base or the adapter is refused, or by `check_alone`.
     """
+    check_alone(config)
     made = Step.of(config)
     with jax.default_device(device):
-        base = load_base(config.base.name, config.base.dtype, config.base.remat)
+        base = Loads().base(config.base)
         parts, trained = filled_parts(config, base)
         batch = random_batch(base.config.vocab_size, rows, width)
         model, parts, trained, batch = jax.device_put((base.model, parts, trained, batch), device)

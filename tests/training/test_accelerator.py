@@ -61,6 +61,54 @@ def test_a_device_that_computes_otherwise_is_found_out(monkeypatch):
     assert calls == ["grouped", "grouped", "auto"]
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("remat", "full"), ("quantize", "int8"), ("attention", "xla"), ("logits_mib", 0.25)],
+)
+def test_the_base_that_is_timed_and_compared_is_that_of_the_config(monkeypatch, field, value):
+    section = {"name": "tiny-random", "dtype": "bfloat16", field: value}
+    config = RunConfig.from_mapping({"base": section, "adapter": {"method": "lora", "rank": 1}})
+    asked, load = [], accelerator.Loads.base
+
+    def base(self, section, placement=None):
+        asked.append(section)
+        return load(self, section, placement)
+
+    monkeypatch.setattr(accelerator.Loads, "base", base)
+    cpu = jax.devices("cpu")[0]
+    accelerator.time_step(config, cpu, 1, 8, 1)
+    assert asked == [config.base]
+    asked.clear()
+    array = np.ones(3, np.float32)
+    found = dict.fromkeys(("logits", "loss", "gradient", "losses", "moments"), array)
+    monkeypatch.setattr(accelerator, "results_on", lambda *_: {**found, "decoded": [[1]]})
+    compare(config, cpu, cpu)
+    if field == "attention":
+        # The dtype that is not the config's has what its device would choose.
+        used = [(one.dtype, one.attention) for one in asked]
+        assert used[2:] == [("bfloat16", way) for way in ("grouped", "grouped", "xla")]
+        assert {way for _, way in used[:2]} == {"grouped"}
+    else:
+        assert {getattr(one, field) for one in asked} == {value}
+    assert {one.dtype for one in asked} == {"float32", "bfloat16"}
+
+
+@pytest.mark.parametrize(
+    ("section", "field"), [("training", "accumulation"), ("mesh", "data"), ("mesh", "fsdp")]
+)
+def test_what_one_device_does_not_do_is_refused(section, field):
+    config = RunConfig.from_mapping(
+        {"base": {"name": "tiny-random"}, "adapter": {"method": "lora"}, section: {field: 2}}
+    )
+    cpu = jax.devices("cpu")[0]
+    for check in (
+        lambda: compare(config, cpu, cpu),
+        lambda: accelerator.time_step(config, cpu, 1, 8, 1),
+    ):
+        with pytest.raises(InputError, match=rf"{section}\.{field} is 2; .* needs 1"):
+            check()
+
+
 def test_a_missing_cpu_is_named(monkeypatch):
     def devices(platform=None):
         if platform == "cpu":
