@@ -273,6 +273,7 @@ def starts_table(found: Mapping[str, Any]) -> str:
 
 def report(found: Mapping[str, Any], command: str) -> str:
     """All that was found, as a page in Markdown; what was not is left out."""
+    ranks = ", ".join(f"{name} {rank}" for name, _, _, rank, _ in Sizes().logits)
     sections: list[tuple[str, str, Callable[[Mapping[str, Any]], str]]] = [
         (
             "remat",
@@ -282,7 +283,7 @@ def report(found: Mapping[str, Any], command: str) -> str:
         (
             "logits",
             "Temporaries of the training step by `base.logits_mib`, MiB; every token of every row "
-            "is a target.",
+            f"is a target. Active ranks: {ranks}.",
             logits_table,
         ),
         (

@@ -6,13 +6,16 @@ from pathlib import Path
 import pytest
 
 from experiments.bench import fastest_step
+from experiments.bench.notes import MAKERS
 from experiments.bench.rounds import Rounds, play_facts
 from experiments.bench.starts import FIRST, SECOND, Starts
 from mos_jax.errors import RunEnded
 from mos_jax.models.tiny import tiny_config
 from mos_jax.planning.costs import compile_loss
-from tests.experiments.fixtures_programs import call
+from tests.docs.fixtures_pages import Page
+from tests.experiments.fixtures_programs import ROOT, call
 
+KEPT = ROOT / "results/fastest_step.json"
 # A program that logs its first step, and how many files it found in the folder of its cache.
 PROGRAM = """
 import pathlib, sys
@@ -102,3 +105,16 @@ def test_starts_are_a_table():
     assert facts[SECOND]["clock_ratio"] == {"median": 0.5, "min": 0.5, "max": 0.5}
     *_, row = fastest_step.starts_table({"starts": facts}).splitlines()
     assert row == "| second | 1.00 (1.00 to 1.00) | 3.00 (3.00 to 3.00) | 2% |"
+
+
+def test_pages_have_the_tables_of_the_committed_numbers():
+    found = json.loads(KEPT.read_text(encoding="utf-8"))
+    report = fastest_step.report(found, "make step")
+    assert (ROOT / "results/fastest_step.md").read_text(encoding="utf-8") == report
+    page = Page("fastest_step").text
+    measured = {key.partition("/")[0] for key in found} - {MAKERS}
+    assert measured >= {"remat", "logits", "loss"}
+    for name in measured:
+        table = getattr(fastest_step, f"{name}_table")(found)
+        assert table.count("\n") > 2, name
+        assert table in page, name
