@@ -78,7 +78,8 @@ def main(_: Sequence[str]) -> None:
     if not JSON.value:
         print_plan(plan, notes, console)
     tried = []
-    if not plan.fits:
+    # Knobs make a step smaller, which helps against nothing else.
+    if plan.excess is not None and plan.excess > 0:
         tried = advise(
             request, compiler, TRIES.value,
             lambda knob, words: console.print(f"  with {knob}: {words}", highlight=False),

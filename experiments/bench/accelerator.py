@@ -37,3 +37,6 @@ def print_found(found: dict[str, Any], console: Console) -> None:
         for column in costs.columns[1:]:
             column.justify = "right"
         console.print(costs)
+        calls = sorted({call for cost in found["costs"].values() for call in cost["uncounted"]})
+        if calls:
+            console.print(f"without the operations of: {', '.join(calls)}", highlight=False)

@@ -48,6 +48,11 @@ _SOURCES = (
 )
 
 
+# Variables that would change what is compiled. No key knows of them, so no worker gets them, nor
+# any of JAX's own.
+_SHAPING = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
+
+
 @dataclasses.dataclass(frozen=True)
 class Program:
     """A compiled step, or the refusal of one.
@@ -57,7 +62,8 @@ class Program:
       usable: bytes of a chip's memory that the compiler lets programs have.
       arguments: bytes of its arguments on each chip.
       peak: bytes that a step needs at once on each chip, arguments and all, by the compiler: what
-        it accepts or refuses a program for. Where it refuses without a number, the arguments.
+        it accepts or refuses a program for. None where it refuses for something else than a chip's
+        main memory.
       code: bytes of the program itself, not in the peak; None if refused.
       refusal: the compiler's words; None if it fits.
       counts: what a step does; None if refused.
@@ -67,16 +73,16 @@ class Program:
     seconds: float
     usable: int
     arguments: int
-    peak: int
+    peak: int | None
     code: int | None
     refusal: str | None
     counts: Counts | None
     versions: dict[str, str]
 
     @property
-    def temporaries(self) -> int:
-        """Bytes at the peak that are no arguments."""
-        return self.peak - self.arguments
+    def temporaries(self) -> int | None:
+        """Bytes at the peak that are no arguments; None where there is no peak."""
+        return None if self.peak is None else self.peak - self.arguments
 
     @property
     def fits(self) -> bool:
@@ -157,7 +163,7 @@ class Compiler:
         if self._noted(note) is not None:
             return True
         name = self._work(request, "known")
-        if name == UNKNOWN:
+        if name == UNKNOWN or not self._whole(name):
             return False
         _write_note(note, name, request)
         return True
@@ -173,16 +179,30 @@ class Compiler:
         name = self._noted(note)
         if name is None:
             name = self._work(request)
+            if not self._whole(name):
+                # A worker looks at the first of the two files alone.
+                self._files(name)[0].unlink()
+                name = self._work(request)
             _write_note(note, name, request)
             self.compiled += 1
         return self._load(name, request)
 
     def _noted(self, note: Path) -> str | None:
-        """The program of a note; None where there is no note, or the program was deleted."""
+        """The program of a note; None where there is no note, or not all of the program."""
         if not note.is_file():
             return None
         name = json.loads(note.read_text())["program"]
-        return name if (self.folder / "programs" / f"{name}.json").is_file() else None
+        return name if self._whole(name) else None
+
+    def _whole(self, name: str) -> bool:
+        """Whether all of a program is there; of a refused one there is no text."""
+        said, text = self._files(name)
+        return said.is_file() and (text.is_file() or "refused" in json.loads(said.read_text()))
+
+    def _files(self, name: str) -> tuple[Path, Path]:
+        """What the compiler says of a program, and its text."""
+        programs = self.folder / "programs"
+        return programs / f"{name}.json", programs / f"{name}.hlo.gz"
 
     def _note(self, request: Request) -> Path:
         key = json.dumps([request.digest(), self.versions, self.code], sort_keys=True)
@@ -207,7 +227,12 @@ class Compiler:
     def _call(self, *arguments: str, text: str = "") -> subprocess.CompletedProcess[str]:
         # The worker must be of this checkout, whichever one its environment was made from.
         paths = [str(_root()), os.environ.get("PYTHONPATH", "")]
-        environment = os.environ | {
+        inherited = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in _SHAPING and not name.startswith("JAX_")
+        }
+        environment = inherited | {
             "PYTHONPATH": os.pathsep.join(path for path in paths if path),
             # The host is no TPU machine: JAX runs on its CPU, and libtpu asks no metadata server.
             "JAX_PLATFORMS": "cpu",
@@ -227,19 +252,19 @@ class Compiler:
         )
 
     def _load(self, name: str, request: Request) -> Program:
-        found = json.loads((self.folder / "programs" / f"{name}.json").read_text())
+        said, packed = self._files(name)
+        found = json.loads(said.read_text())
         common = {name: found[name] for name in ("seconds", "usable", "versions")}
         if "refused" in found:
             needed, _ = read_refusal(found["refused"])
             return Program(
                 **common,
                 arguments=found["arguments"],
-                peak=found["arguments"] if needed is None else needed,
+                peak=needed,
                 code=None,
                 refusal=found["refused"],
                 counts=None,
             )
-        packed = self.folder / "programs" / f"{name}.hlo.gz"
         text = gzip.decompress(packed.read_bytes()).decode()
         memory = found["memory"]
         return Program(

@@ -40,6 +40,7 @@ class Costs:
       arguments: bytes of its arguments: base, adapter, optimiser state, batch.
       received: bytes that come from other devices.
       collectives: by kind, how many of them run.
+      uncounted: custom calls whose operations are not in `flops`.
     """
 
     flops: float
@@ -48,6 +49,7 @@ class Costs:
     arguments: int
     received: int
     collectives: Mapping[str, int]
+    uncounted: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
@@ -86,6 +88,7 @@ def step_costs(request: Request) -> Costs:
         arguments=memory.argument_size_in_bytes,
         received=sum(kind["received"] for kind in kinds.values()),
         collectives={name: kind["count"] for name, kind in kinds.items()},
+        uncounted=counts.uncounted,
     )
 
 

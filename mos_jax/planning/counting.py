@@ -7,13 +7,11 @@ numbers are those of one chip. Axis legend: none; shapes are the program's.
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections.abc import Iterator
 
-import numpy as np
-
 from mos_jax.planning.hlo import Array, Computation, Instruction, Program
+from mos_jax.planning.products import called_target, library_flops, product_flops
 
 # Kinds of collectives by opcode; asynchronous ones are counted where they start.
 COLLECTIVES = {
@@ -30,6 +28,10 @@ _FREE = {
     "replica-id", "opt-barrier", "iota", "copy-done", "slice-done", "dynamic-slice-done",
     "async-done", "async-update",
 } | {f"{kind}-done" for kind in set(COLLECTIVES.values())}  # fmt: skip
+# Custom calls that stand for no work: begin or end of a collective, a view, a hint.
+_MARKERS = ("AsyncCollective", "AllocateBuffer", "ConcatBitcast", "AssumeGather")
+# Those that work on indices alone.
+_NO_PRODUCTS = ("GatherScatterIndicesBitpacked",)
 _SLICES = ("dynamic-slice", "slice", "gather")
 _UPDATES = ("dynamic-update-slice", "scatter")
 
@@ -64,12 +66,14 @@ class Counts:
     """What one run of a program does on each chip.
 
     Attributes:
-      flops: operations of its matrix products; others are not counted.
+      flops: operations of its matrix products, those included that XLA leaves to cuBLAS; others
+        are not counted.
       bytes: read from and written to main memory.
       collectives: in the order of the program.
       loops: how often each loop's body runs, by name of the loop.
       unknown_loops: loops whose number of iterations the program does not say; counted once.
       cycles: the TPU compiler's own estimates for its fusions, added up; 0 where it gives none.
+      uncounted: targets of custom calls whose operations are not in `flops`, each once.
     """
 
     flops: float
@@ -78,6 +82,7 @@ class Counts:
     loops: dict[str, int]
     unknown_loops: tuple[str, ...]
     cycles: int = 0
+    uncounted: tuple[str, ...] = ()
 
     def by_kind(self) -> dict[str, dict[str, int]]:
         """By kind of collective: `count` of a step, `payload` and `received` bytes in all."""
@@ -101,6 +106,7 @@ def count_program(program: Program, devices: int) -> Counts:
         counter.loops,
         tuple(counter.unknown),
         counter.cycles,
+        tuple(counter.uncounted),
     )
 
 
@@ -111,6 +117,7 @@ class _Counter:
         self.collectives: list[Collective] = []
         self.loops: dict[str, int] = {}
         self.unknown: list[str] = []
+        self.uncounted: dict[str, None] = {}
 
     def run(self, computation: Computation, times: int) -> None:
         """Adds what `times` runs of a computation do."""
@@ -132,9 +139,18 @@ class _Counter:
                 if stated := re.search(r'"estimated_cycles":"(\d+)"', one.rest):
                     self.cycles += times * int(stated[1])
                 for place, inner in self._with_fused(computation, one):
-                    self.flops += times * product_flops(place, inner)
+                    self.flops += times * self._flops(place, inner)
                     if inner.opcode in COLLECTIVES:
                         self._add_collective(place, inner, times, chains)
+
+    def _flops(self, place: Computation, one: Instruction) -> float:
+        if one.opcode != "custom-call":
+            return product_flops(place, one)
+        target = called_target(one)
+        found = library_flops(place, one)
+        if found is None and not target.startswith((*_MARKERS, *_NO_PRODUCTS)):
+            self.uncounted[target] = None
+        return found or 0.0
 
     def _run_called(self, one: Instruction, attribute: str, times: int) -> None:
         called = one.called(attribute)
@@ -253,7 +269,9 @@ class _Counter:
             update = operands[1] if one.opcode == "dynamic-update-slice" else operands[-1]
             arrays = () if update is None else update.arrays
             return float(read + sum(a.bytes for a in arrays if one.arrays[0].space == 0))
-        return float(read + sum(a.bytes for a in _main(one.arrays)))
+        # Behind the product of a library is the room that it works in.
+        made = one.arrays if library_flops(computation, one) is None else one.arrays[:1]
+        return float(read + sum(a.bytes for a in _main(made)))
 
     def _read(self, place: Computation, name: str, whole: int) -> int:
         """Bytes of `name`, an array in a fused computation, that the computation reads."""
@@ -304,11 +322,8 @@ def _main(arrays: tuple[Array, ...]) -> tuple[Array, ...]:
 
 
 def _is_marker(one: Instruction) -> bool:
-    """Whether a custom call stands for no work: begin or end of a collective, a view, a hint."""
-    return one.opcode == "custom-call" and any(
-        word in one.rest
-        for word in ('"AsyncCollective', '"AllocateBuffer"', '"ConcatBitcast"', '"AssumeGather')
-    )
+    """Whether a custom call stands for no work; see `_MARKERS`."""
+    return one.opcode == "custom-call" and called_target(one).startswith(_MARKERS)
 
 
 def _operand_arrays(place: Computation, one: Instruction) -> list[Array]:
@@ -333,48 +348,3 @@ def group_size(one: Instruction, devices: int) -> int:
         return size
     # [groups,size]<=[devices]...
     return int(re.findall(r"\d+", groups.partition("]")[0])[-1])
-
-
-def product_flops(place: Computation, one: Instruction) -> float:
-    """Operations of a matrix product or a convolution, two for each multiplication; else 0."""
-    if one.opcode not in ("dot", "convolution"):
-        return 0.0
-    left, right = (place.instructions[name].arrays[0] for name in one.operands[:2])
-    if one.opcode == "dot":
-        contracted = re.findall(r"\d+", one.attribute("lhs_contracting_dims") or "")
-        inner = math.prod(left.dims[int(axis)] for axis in contracted)
-        return 2.0 * one.arrays[0].size * inner
-    labels = one.attribute("dim_labels") or ""
-    lhs, rhs, out = re.split("_|->", labels)
-    window = _window(one.attribute("window") or "", rhs)
-    positions = 1
-    for axis in (c for c in rhs if c.isdigit()):
-        positions *= _valid_pairs(
-            left.dims[lhs.index(axis)],
-            right.dims[rhs.index(axis)],
-            one.arrays[0].dims[out.index(axis)],
-            window[axis],
-        )
-    batch = left.dims[lhs.index("b")] // int(one.attribute("batch_group_count") or 1)
-    # The kernel's input features are those of one group already.
-    features = right.dims[rhs.index("i")] * right.dims[rhs.index("o")]
-    return 2.0 * batch * features * positions
-
-
-def _window(text: str, rhs: str) -> dict[str, dict[str, str]]:
-    fields = dict(part.split("=", 1) for part in text.strip("{}").split() if "=" in part)
-    axes = sorted(c for c in rhs if c.isdigit())
-    return {
-        axis: {name: value.split("x")[place] for name, value in fields.items()}
-        for place, axis in enumerate(axes)
-    }
-
-
-def _valid_pairs(size: int, kernel: int, out: int, window: dict[str, str]) -> int:
-    """Pairs of output and kernel positions that meet an entry, not padding, along one axis."""
-    stride = int(window.get("stride", 1))
-    low = int(window.get("pad", "0_0").split("_")[0])
-    spread, holes = int(window.get("rhs_dilate", 1)), int(window.get("lhs_dilate", 1))
-    at = np.arange(out)[:, None] * stride - low + np.arange(kernel)[None, :] * spread
-    met = (at >= 0) & (at <= (size - 1) * holes) & (at % holes == 0)
-    return int(met.sum())

@@ -45,9 +45,20 @@ class Plan:
     estimate: Estimate | None
 
     @property
-    def needed(self) -> int:
-        """Bytes that a chip must have for it; where it was not compiled, at least so many."""
+    def needed(self) -> int | None:
+        """Bytes that a chip must have for it; where it was not compiled, at least so many.
+
+        None where the compiler refuses it for something else than a chip's main memory.
+        """
         return self.held if self.program is None else self.program.peak
+
+    @property
+    def excess(self) -> int | None:
+        """Bytes by which it is too much for a chip's main memory, negative where it fits.
+
+        None where the compiler refuses it for something else.
+        """
+        return None if self.needed is None else self.needed - self.usable
 
     @property
     def fits(self) -> bool:
@@ -55,13 +66,16 @@ class Plan:
         return self.program is not None and self.program.fits
 
     def verdict(self) -> str:
-        """In words whether it fits, and by how much or by how much not."""
+        """In words whether it fits, and by how much or by how much not, or why it is refused."""
+        if self.needed is None or self.excess is None:
+            assert self.program is not None
+            said = (self.program.refusal or "").strip().partition("\n")[0]
+            return f"refused, and not for a chip's main memory; the compiler says: {said}"
         of = f"{size_in_words(self.needed)} of {size_in_words(self.usable)} of a chip"
         if self.fits:
-            return f"fits: {of}, {size_in_words(self.usable - self.needed)} free"
+            return f"fits: {of}, {size_in_words(-self.excess)} free"
         least = "at least " if self.program is None else ""
-        over = size_in_words(self.needed - self.usable)
-        return f"does not fit: {least}{of}, {least}{over} too much"
+        return f"does not fit: {least}{of}, {least}{size_in_words(self.excess)} too much"
 
     def in_words(self) -> str:
         """One line: the setting and the verdict."""
@@ -109,6 +123,7 @@ class Plan:
             "collectives": counts.by_kind(),
             "loops": counts.loops,
             "unknown_loops": list(counts.unknown_loops),
+            "uncounted_calls": list(counts.uncounted),
         }
         if self.estimate is not None:
             slow, fast = self.estimate.tokens_per_second

@@ -31,10 +31,11 @@ def print_plan(plan: Plan, notes: Sequence[str], console: Console) -> None:
         _say(console, f"assumed: {note}.")
     memory = _table("memory of a chip", "bytes")
     memory.add_row("arguments", size_in_words(program.arguments if program else plan.held))
-    if program is not None:
+    if program is not None and program.temporaries is not None:
         memory.add_row("temporaries at the peak", size_in_words(program.temporaries))
     memory.add_section()
-    memory.add_row("peak", size_in_words(plan.needed))
+    if plan.needed is not None:
+        memory.add_row("peak", size_in_words(plan.needed))
     memory.add_row("what programs may have", size_in_words(plan.usable))
     console.print(memory)
     if program is not None and program.counts is not None and plan.estimate is not None:
@@ -74,6 +75,11 @@ def _print_work(plan: Plan, found: Estimate, console: Console) -> None:
         + ".",
         highlight=False,
     )
+    if counts.uncounted:
+        console.print(
+            f"without the operations of these custom calls: {', '.join(counts.uncounted)}.",
+            highlight=False,
+        )
     for loop in counts.unknown_loops:
         console.print(f"loop {loop} has no number of iterations in the program: counted once.")
 
@@ -84,10 +90,13 @@ def print_ranking(ranking: Ranking, console: Console) -> None:
     for plan in ranking.plans:
         config, found = plan.request.config, plan.estimate
         sizes = ", ".join(map(str, mesh_sizes(plan.request).values()))
-        peak = f"{'' if plan.program else '>= '}{size_in_words(plan.needed)}"
+        least = "" if plan.program else ">= "
+        peak = "-" if plan.needed is None else least + size_in_words(plan.needed)
         row = (sizes, str(plan.request.rows), config.base.remat, peak)
         if found is None:
-            over = f"{size_in_words(plan.needed - plan.usable)} too much"
+            over = plan.verdict()
+            if plan.excess is not None:
+                over = f"{size_in_words(plan.excess)} too much"
             table.add_row(*row, "-", "-", over)
         else:
             speed = f"{found.tokens_per_second[1]:,.0f}"

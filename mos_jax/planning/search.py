@@ -20,7 +20,8 @@ class Ranking:
     """What a search found.
 
     Attributes:
-      plans: those tried, the most tokens a second first, then those that do not fit.
+      plans: those tried, the most tokens a second first, then those that do not fit, then those
+        that are refused for something else than memory.
       untried: settings that were left out, since `tries` were compiled.
     """
 
@@ -128,7 +129,7 @@ def guessed_seconds(request: Request) -> float:
     width, own = c.num_heads * c.head_dim, batch // (mesh.data * mesh.fsdp)
     divided = c.num_heads % mesh.tensor == 0
     # Scores and their products with values, forward, backward twice, and computed again.
-    attention = 4 * 4 * c.num_layers * width * request.width * own
+    attention = 4.0 * 4 * c.num_layers * width * request.width * own
     attention /= mesh.tensor if divided else 1
     compute = (passes * 2 * weights * batch / chips.count + attention) / chip.flops
     itemsize = 2 if request.config.base.dtype == "bfloat16" else 4
@@ -170,7 +171,7 @@ def search(
     return Ranking(sorted(plans, key=_rank), left)
 
 
-def _rank(plan: Plan) -> tuple[bool, float]:
-    if plan.estimate is None:
-        return True, plan.needed - plan.usable
-    return False, -plan.estimate.tokens_per_second[1]
+def _rank(plan: Plan) -> tuple[int, float]:
+    if plan.estimate is not None:
+        return 0, -plan.estimate.tokens_per_second[1]
+    return (2, 0.0) if plan.excess is None else (1, plan.excess)

@@ -197,8 +197,11 @@ def _origins(cells: dict[str, dict[str, Any]]) -> list[str]:
 def _row(cell: dict[str, Any]) -> str:
     of = cell["bytes"]
     sizes = ", ".join(str(size) for size in cell["mesh"].values())
-    over = (of["needed"] - of["usable"]) / GIB
-    verdict = "fits" if cell["fits"] else f"{over:,.2f} GiB too much"
+    verdict = "fits"
+    if of["needed"] is None:
+        verdict = cell["verdict"].replace("|", "\\|")
+    elif not cell["fits"]:
+        verdict = f"{(of['needed'] - of['usable']) / GIB:,.2f} GiB too much"
     parts = [cell["model"], cell["topology"], sizes, cell["adapter_name"]]
     parts += [_gib(of.get("arguments", of["held"])), _gib(of.get("temporaries"))]
     parts += [_gib(of["needed"]), _gib(of["usable"]), verdict]

@@ -1,30 +1,42 @@
 """Finding the compiler, keeping what it compiled, and what is said where it fails."""
 
+import io
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 import mos_jax
 from mos_jax.errors import InputError
 from mos_jax.planning import compiling
 from mos_jax.planning.compiling import Compiler, code_digest, find_python
+from mos_jax.planning.plan import make_plan
+from mos_jax.planning.report import print_plan, print_ranking
+from mos_jax.planning.search import search
+from mos_jax.planning.study import Cell, run_study
 from mos_jax.planning.worker import read_refusal
-from tests.planning.fixtures_planning import tiny_request
+from tests.planning.fixtures_planning import GIB, RuleCompiler, tiny_request
 
-# Stands for the Python of the planner's environment: it knows versions, and its worker answers as
-# `answer` says, once, and counts its calls.
+# Stands for the Python of the planner's environment: it knows versions, and its worker names a
+# program by them and the rows, answers as `answer` says where it is not there, and counts what it
+# compiles.
 STAND_IN = """#!{python}
-import json, pathlib, sys
+import gzip, json, os, pathlib, sys
 here = pathlib.Path(__file__).parent
 if sys.argv[1] == "-c":
     print((here / "versions").read_text())
     raise SystemExit
 request = json.load(sys.stdin)
-if sys.argv[4:] == ["known"]:
-    print("abc" if (pathlib.Path(sys.argv[3]) / "abc.json").is_file() else "unknown")
+rows = request["config"]["data"]["batch_size"]
+name = "abc-%s-%s" % (rows, json.loads((here / "versions").read_text())["libtpu"])
+said = pathlib.Path(sys.argv[3]) / (name + ".json")
+(here / "environment").write_text(json.dumps(dict(os.environ)))
+if said.is_file() or sys.argv[4:] == ["known"]:
+    print(name if said.is_file() else "unknown")
     raise SystemExit
 calls = here / "calls"
 calls.write_text(calls.read_text() + "x")
@@ -32,9 +44,11 @@ answer = json.loads((here / "answer").read_text())
 if "status" in answer:
     print(answer["words"], file=sys.stderr)
     raise SystemExit(answer["status"])
-(pathlib.Path(sys.argv[3]) / "abc.json").write_text(json.dumps(answer))
+if "memory" in answer:
+    said.with_suffix(".hlo.gz").write_bytes(gzip.compress(answer.pop("text").encode()))
+said.write_text(json.dumps(answer))
 print("words of libtpu")
-print("abc")
+print(name)
 """
 REFUSED = {
     "seconds": 1.0,
@@ -43,6 +57,15 @@ REFUSED = {
     "versions": {},
     "refused": "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
     "temporaries (17.03G) exceeds available HBM (15.75G).",
+}
+
+ACCEPTED = {name: REFUSED[name] for name in ("seconds", "usable", "arguments", "versions")} | {
+    "memory": {
+        "argument_size_in_bytes": 2**30,
+        "peak_memory_in_bytes": 2**31,
+        "generated_code_size_in_bytes": 1000,
+    },
+    "text": "ENTRY %main (p: f32[2]) -> f32[2] {\n  ROOT %p = f32[2]{0} parameter(0)\n}\n",
 }
 
 
@@ -78,10 +101,76 @@ def test_a_request_is_compiled_once(stand_in, tmp_path):
     again.program(tiny_request(rows=8))
     assert calls(stand_in) == 2
     # What someone deleted is compiled again.
-    (tmp_path / "cache" / "programs" / "abc.json").unlink()
+    (tmp_path / "cache" / "programs" / "abc-4-1.json").unlink()
     assert not again.known(request)
     assert again.program(request) == first
     assert calls(stand_in) == 3
+
+
+@pytest.mark.parametrize("lost", ["abc-4-1.json", "abc-4-1.hlo.gz"])
+def test_a_program_of_which_half_is_there_is_compiled_again(stand_in, tmp_path, lost):
+    (stand_in / "answer").write_text(json.dumps(ACCEPTED))
+    compiler = Compiler(tmp_path / "cache", str(stand_in / "python"))
+    first = compiler.program(tiny_request())
+    assert (first.fits, first.peak, first.temporaries) == (True, 2**31, 2**30)
+    (tmp_path / "cache" / "programs" / lost).unlink()
+    assert not compiler.known(tiny_request())
+    assert compiler.program(tiny_request()) == first
+    assert calls(stand_in) == 2
+    assert compiler.known(tiny_request())
+
+
+def test_flags_that_no_key_knows_do_not_reach_the_compiler(stand_in, tmp_path, monkeypatch):
+    for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_DEFAULT_MATMUL_PRECISION", "KEPT"):
+        monkeypatch.setenv(name, "highest")
+    Compiler(tmp_path / "cache", str(stand_in / "python")).program(tiny_request())
+    seen = json.loads((stand_in / "environment").read_text())
+    assert seen["KEPT"] == "highest"
+    assert not {"XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_DEFAULT_MATMUL_PRECISION"} & set(seen)
+    assert seen["JAX_PLATFORMS"] == "cpu"
+
+
+VMEM = """RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. It should not be possible
+to run out of vmem - please file a bug.
+Used 132.50M of 128.00M vmem. Exceeded vmem capacity by 4.50M."""
+
+
+def test_a_refusal_for_something_else_than_main_memory_is_told_in_the_compilers_words(
+    stand_in, tmp_path
+):
+    (stand_in / "answer").write_text(json.dumps(REFUSED | {"refused": VMEM}))
+    compiler = Compiler(tmp_path / "cache", str(stand_in / "python"))
+    plan = make_plan(tiny_request(), compiler)
+    assert (plan.fits, plan.needed, plan.excess) == (False, None, None)
+    assert plan.verdict() == (
+        f"refused, and not for a chip's main memory; the compiler says: {VMEM.splitlines()[0]}"
+    )
+    assert plan.to_dict()["bytes"]["needed"] is None
+    # It is the last of a search, and printed and tabulated without numbers.
+    console = Console(record=True, width=200, file=io.StringIO())
+    ranking = search(tiny_request(), Mixed(compiler), 99, rows=(4, 8), remat=("full",))
+    assert [one.needed is None for one in ranking.plans] == sorted(
+        one.needed is None for one in ranking.plans
+    )
+    assert {one.needed is None for one in ranking.plans} == {True, False}
+    print_ranking(ranking, console)
+    print_plan(plan, (), console)
+    out = tmp_path / "plans.json"
+    run_study([Cell("MoS", tiny_request(), ())], compiler, out, tmp_path / "plans.md", "make plans")
+    for text in (console.export_text(), (tmp_path / "plans.md").read_text()):
+        assert "Ran out of memory in memory space vmem" in text
+        assert not re.search(r"-\d[\d.]* GiB", text)
+
+
+class Mixed(RuleCompiler):
+    """Refuses four rows as `compiler` does; eight are too much for main memory."""
+
+    def __init__(self, compiler):
+        super().__init__(lambda request: 99 * GIB)
+        self._compiler = compiler
+
+    def program(self, request):
+        return (self._compiler if request.rows == 4 else super()).program(request)
 
 
 def test_another_compiler_compiles_anew(stand_in, tmp_path):

@@ -35,7 +35,10 @@ def test_operations_grow_linearly_in_rank(where):
     # Forward, the gradient of the input, and that of the factors.
     slope = 3 * 2 * ROWS * WIDTH * BLOCKS * WIDTHS
     assert [b - a for a, b in itertools.pairwise(flops)] == [2 * slope, 4 * slope]
-    assert straight(ranks, [costs("rank", rank, where).temporaries for rank in ranks], 0.5)
+    # Inside the scan little grows with the rank, so that what the compiler pads shows.
+    tolerance = {"before": 1e-3, "inside": 0.02}[where]
+    temporaries = [costs("rank", rank, where).temporaries for rank in ranks]
+    assert straight(ranks, temporaries, tolerance)
 
 
 @pytest.mark.parametrize("where", ["before", "inside"])

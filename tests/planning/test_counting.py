@@ -294,3 +294,53 @@ def test_what_chips_hold_of_a_quantised_base_on_a_mesh_of_all_axes():
     compiled = outline_step(request, jax.devices()).lower().compile()
     held = compiled.memory_analysis().argument_size_in_bytes
     assert math.isclose(held_bytes(request), held, rel_tol=0.001)
+
+
+# As XLA writes it for NVIDIA GPUs: a product in a loop, one in batches that is transposed, one
+# whose configuration does not say how, and attention.
+GPU = """HloModule jit_step, is_scheduled=true
+
+%body (arg: (s32[], f32[16,64])) -> (s32[], f32[16,64]) {
+  %arg = (s32[], f32[16,64]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%arg), index=0
+  %x = f32[16,64]{1,0} get-tuple-element(%arg), index=1
+  %w = f32[64,64]{1,0} constant({...})
+  %gemm = (f32[16,64]{1,0}, s8[4096]{0}) custom-call(%x, %w), \
+custom_call_target="__cublas$lt$matmul", backend_config={"operation_queue_id":"0",\
+"gemm_backend_config":{"alpha_real":1,"beta":0,"dot_dimension_numbers":{\
+"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"],"lhs_batch_dimensions":[],\
+"rhs_batch_dimensions":[]},"epilogue":"DEFAULT"}}
+  %y = f32[16,64]{1,0} get-tuple-element(%gemm), index=0
+  ROOT %next = (s32[], f32[16,64]{1,0}) tuple(%i, %y)
+}
+
+%condition (arg.1: (s32[], f32[16,64])) -> pred[] {
+  %arg.1 = (s32[], f32[16,64]{1,0}) parameter(0)
+  ROOT %true = pred[] constant(true)
+}
+
+ENTRY %main (start: (s32[], f32[16,64]), q: bf16[4,32,8], k: bf16[4,32,8]) -> bf16[4,8,8] {
+  %start = (s32[], f32[16,64]{1,0}) parameter(0)
+  %q = bf16[4,32,8]{2,1,0} parameter(1)
+  %k = bf16[4,32,8]{2,1,0} parameter(2)
+  %loop = (s32[], f32[16,64]{1,0}) while(%start), condition=%condition, body=%body, \
+backend_config={"known_trip_count":{"n":"5"}}
+  %unknown = bf16[4,8,8]{2,1,0} custom-call(%q, %k), custom_call_target="__cublas$gemm", \
+backend_config={"gemm_backend_config":{}}
+  %fmha = bf16[4,32,8]{2,1,0} custom-call(%q, %k, %k), custom_call_target="__cudnn$fmhaSoftmax"
+  ROOT %scores = bf16[4,8,8]{2,1,0} custom-call(%q, %k), custom_call_target="__cublas$gemm", \
+backend_config={"gemm_backend_config":{"dot_dimension_numbers":{\
+"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["1"],\
+"lhs_batch_dimensions":["0"],"rhs_batch_dimensions":["0"]}}}
+}
+"""
+
+
+def test_products_that_are_left_to_cublas_are_counted_and_other_calls_are_named():
+    found = count_program(read_program(GPU.replace("\\\n", "")), 1)
+    assert found.flops == 5 * 2 * 16 * 64 * 64 + 2 * 4 * 32 * 8 * 8
+    assert found.uncounted == ("__cublas$gemm", "__cudnn$fmhaSoftmax")
+    # Without the 4,096 bytes that the product in the loop works in.
+    product = 4 * (16 * 64 + 64 * 64 + 16 * 64)
+    rest = 2 * (2 * (2 * 4 * 32 * 8 + 4 * 8 * 8) + 4 * 4 * 32 * 8)
+    assert found.bytes == 5 * product + rest

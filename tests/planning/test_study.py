@@ -83,6 +83,33 @@ def test_the_committed_page_is_what_the_committed_values_print():
     assert tables[0].count("\n") == 1 + len(values["cells"])
 
 
+def test_the_plan_that_the_page_quotes_is_recorded():
+    """LLaMA2-7B on one v5e chip: its verdict, and the knob that makes it fit."""
+    found = json.loads((RESULTS / "plan_llama2_7b_v5e1.json").read_text())
+    assert found["verdict"].startswith("does not fit: 17.03 GiB of 15.75 GiB")
+    last = found["knobs"][-1]
+    assert last["flags"] == "--config.data.batch_size=8 --config.training.accumulation=2"
+    assert last["verdict"].startswith("fits: 14.84 GiB of 15.75 GiB")
+
+
+def test_only_what_is_missing_or_was_made_by_other_code_is_planned(tmp_path):
+    cells = [Cell("MoS", tiny_request(), ()), Cell("LoRA", tiny_request(method="lora"), ())]
+    compiler = Remembering(lambda request: GIB)
+    study(tmp_path, compiler, cells[:1])
+    study(tmp_path, compiler, cells, which="missing")
+    assert compiler.asked == [cell.request for cell in cells]
+    study(tmp_path, compiler, cells, which="missing")
+    study(tmp_path, compiler, cells, which="outdated")
+    assert len(compiler.asked) == 2
+    other = Remembering(lambda request: 2 * GIB)
+    other.code = "f" * 64
+    study(tmp_path, other, cells[1:], which="outdated")
+    more = Cell("VeRA", tiny_request(method="lora", rows=8), ())
+    values, _, _ = study(tmp_path, other, [*cells, more], which="outdated")
+    assert other.asked == [cells[1].request, cells[0].request]
+    assert {cell["made"]["code"] for cell in values["cells"].values()} == {"f" * 16}
+
+
 def test_cells_of_earlier_calls_stay_whatever_is_known(tmp_path):
     committed = json.loads((RESULTS / "plans.json").read_text())
     out, report = tmp_path / "plans.json", tmp_path / "plans.md"
