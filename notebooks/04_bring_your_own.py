@@ -4,10 +4,11 @@
 # A JSONL file, a model folder, four bits a weight, and out to PEFT: each step is one field or one
 # call.
 #
-# **You need** a checkout with `make setup` done, or Colab. **It takes** about a minute on 2 CPU cores:
-# the base is a tiny random model in Hugging Face's format, which stands where your folder would. It
-# knows no language, and five colours are what can be taught to it. Set `BASE` to the path of a Llama,
-# Mistral, Qwen or Gemma 3 folder, or of a GGUF file, to use that, with the rank and the rate below.
+# **You need** a checkout with `make setup` done, or Colab. **It takes** about a minute on 2 CPU cores
+# that are free (the copy shown here ran beside other programs, for five): the base is a tiny random
+# model in Hugging Face's format, which stands where your folder would. It knows no language, and five
+# colours are what can be taught to it. Set `BASE` to the path of a Llama, Mistral, Qwen or Gemma 3
+# folder, or of a GGUF file, to use that, with the rank and the rate below.
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/mos-jax/mos_jax/blob/main/notebooks/04_bring_your_own.ipynb)
