@@ -32,6 +32,7 @@ if on_colab:
 # %% tags=["parameters"]
 WORKDIR = "runs/notebooks/scale"
 CONFIG = "quickstart"
+TOPOLOGY = "v5e:2x4"
 
 # %%
 import importlib
@@ -42,6 +43,12 @@ import jax
 from IPython.display import Markdown
 
 from configs import smoke
+from mos_jax.errors import InputError
+from mos_jax.planning.chips import find_slice
+from mos_jax.planning.compiling import Compiler
+from mos_jax.planning.plan import make_plan
+from mos_jax.planning.report import print_plan as print_pod_plan
+from mos_jax.planning.resolving import make_request
 from mos_jax.reporting.notebook import text_console
 from mos_jax.training.config import RunConfig
 from mos_jax.training.loop import train
@@ -86,12 +93,33 @@ assert abs(losses["one"] - losses["eight"]) < 1e-4
 # ## A pod that is not here
 #
 # The planner gives the training step itself to the TPU compiler, from shapes alone, and says what a
-# chip would hold, send and compute, and whether it fits. `make planner` installs the compiler, once;
-# then
+# chip would hold, send and compute, and whether it fits. Here is the config from above on eight v5e
+# chips.
+#
+# The compiler has an environment of its own, which `make planner` builds, once, in one to three
+# minutes (1.2 GB). On Colab it is `!make planner` in a cell above; what it lacks there it names,
+# with the line that installs it. Without the compiler the next cell says so, and the notebook goes
+# on.
+
+# %%
+config = importlib.import_module(f"configs.{CONFIG}").get_config()
+config.base.dtype = "bfloat16"
+config.data.batch_size = 8
+slice_of_chips = find_slice(TOPOLOGY)
+request, assumed = make_request(RunConfig.from_mapping(config.to_dict()), slice_of_chips)
+try:
+    compiler = Compiler(Path(WORKDIR, "plans"))
+except InputError as missing:
+    print(missing)
+else:
+    print_pod_plan(make_plan(request, compiler), assumed, console)
+
+# %% [markdown]
+# Larger models take minutes to compile:
 #
 #     python experiments/plan.py --config=configs/paper/llama2_7b.py --topology=v5e:4x4
 #
-# takes some minutes. This is the table that `make plans` has made so far; no chip has run it.
+# This is the table that `make plans` has made so far; no chip has run it.
 
 # %%
 plans = Path("results/plans.md").read_text(encoding="utf-8")

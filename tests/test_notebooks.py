@@ -12,6 +12,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from mos_jax.errors import InputError
+from mos_jax.planning.compiling import PYTHON_VARIABLE, find_python
 from tests.experiments.fixtures_programs import ROOT
 from tools import notebooks
 
@@ -58,8 +60,25 @@ def run_small(name, folder):
 
 
 @pytest.mark.parametrize("name", sorted(SMALL))
-def test_it_runs(name, tmp_path):
-    run_small(name, tmp_path)
+def test_it_runs(name, tmp_path, monkeypatch):
+    # As without the TPU compiler, wherever the tests run.
+    monkeypatch.setenv(PYTHON_VARIABLE, str(tmp_path / "python"))
+    done = run_small(name, tmp_path)
+    said = "there is no such Python; see docs/planner.md"
+    assert (name == "06_scale") == any(said in o.get("text", "") for o in outputs(done))
+
+
+@pytest.mark.planner
+def test_the_planner_is_asked_where_it_is_there(tmp_path):
+    try:
+        find_python()
+    except InputError as error:
+        if os.environ.get("CI"):
+            pytest.fail(f"nothing is tested by skipping: {error}")
+        pytest.skip(str(error))
+    said = "".join(o.get("text", "") for o in outputs(run_small("06_scale", tmp_path)))
+    for part in ("8 chips, mesh data 1, fsdp 8, tensor 1", "all-gather", "fits: "):
+        assert part in said
 
 
 @pytest.mark.parametrize("name", sorted(SMALL))
