@@ -12,6 +12,7 @@ takes as long as --steps training steps: of configs/quickstart.py, 100 take abou
 cores.
 
 --config is that of the training run, all its fields included; `:lora` after its name is the method.
+On several hosts, the same command on each of them, as for train.py; see docs/many_hosts.md.
 """
 
 from collections.abc import Sequence
@@ -26,12 +27,14 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the result; made when 
 MIN_RATE = flags.DEFINE_float("min_rate", 1e-5, "Learning rate of the first step.")
 MAX_RATE = flags.DEFINE_float("max_rate", 1.0, "Learning rate of the last step.")
 STEPS = flags.DEFINE_integer("steps", 100, "Steps; the test ends early once the loss explodes.")
+app.define_hosts()
 
 
 def main(_: Sequence[str]) -> None:
     # Imported here so that --help and mistyped flags answer at once.
     from rich.console import Console
 
+    from mos_jax.distributed.agreement import is_first
     from mos_jax.errors import InputError
     from mos_jax.files import write_file
     from mos_jax.reporting.rate_picture import range_test_picture
@@ -43,7 +46,7 @@ def main(_: Sequence[str]) -> None:
         raise InputError("--workdir is missing; for example --workdir=runs/lr_find")
     require_matplotlib()
     config = RunConfig.from_mapping(CONFIG.value.lock().to_dict())
-    console = Console()
+    console = Console(quiet=not is_first())
     found = find_rate(
         config,
         WORKDIR.value,
@@ -54,7 +57,8 @@ def main(_: Sequence[str]) -> None:
     )
     title = f"{config.adapter.method} on {config.data.task}: range test of the learning rate"
     picture = Path(WORKDIR.value) / "lr_find.png"
-    write_file(picture, png_bytes(range_test_picture(found, title)))
+    if is_first():
+        write_file(picture, png_bytes(range_test_picture(found, title)))
     print_suggestion(found, console)
     console.print(f"The curve is in {picture}.", highlight=False)
 

@@ -15,7 +15,7 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=8
 #SBATCH --time=24:00:00
-#SBATCH --signal=TERM@180
+#SBATCH --signal=USR1@180
 #SBATCH --requeue
 #SBATCH --open-mode=append
 set -uo pipefail
@@ -29,12 +29,13 @@ while true; do
   status=$?
   case $status in
     0 | 1 | 2 | 3) exit $status ;; # done; a defect; bad input; the run cannot go on
-    143) # stopped in time by --signal, with the state saved: the same job goes on later
+    130 | 143) exit $status ;; # somebody stopped it, with scancel for example: that holds
+    138) # its time was nearly up, so --signal came, and the state is saved: the job goes on later
       scontrol requeue "$SLURM_JOB_ID"
       exit $status
       ;;
   esac
-  # 75 or a signal: a process was lost, and the others ended with it.
+  # 75 or another signal: a process was lost, and the others ended with it.
   if ((again-- == 0)); then exit $status; fi
   echo "launch/slurm.sh: srun ended with status $status; starting again" >&2
   sleep "${PAUSE:-10}"

@@ -29,6 +29,8 @@ COMPILATION_CACHE = flags.DEFINE_string(
     "$MOS_JAX_COMPILATION_CACHE, else mos_jax/compiled in the user's cache.",
 )
 HOSTS_FLAGS = ("coordinator", "processes", "process_id", "lost_after", "wait_for_others")
+# Set to 1, every process runs for itself a program that several cannot run together.
+ALONE = "MOS_JAX_ALONE"
 # A config file and its overrides fail in as many ways as Python code can.
 CONFIG_ERRORS = (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError)
 
@@ -81,12 +83,25 @@ def define_hosts() -> None:
 
 
 def _together() -> contextlib.AbstractContextManager[None]:
-    """The processes of a program with `define_hosts`, joined; nothing for a single one."""
+    """The processes of a program with `define_hosts`, joined; nothing for a single one.
+
+    Raises:
+      InputError: for one of several processes of another program, unless `ALONE` is set.
+    """
+    # Imported here: what they import --help does not need.
+    from mos_jax.distributed.meeting import find_meeting, started_as_several
+
     values = flags.FLAGS
     if "coordinator" not in values:
+        if os.environ.get(ALONE) != "1" and (told := started_as_several(os.environ)):
+            raise InputError(
+                f"{Path(sys.argv[0]).name} was started as one of several processes ({told}), which "
+                "would each do all of it and write over each other's files; train.py and "
+                "lr_find.py can be run by several. Start it once (srun --ntasks=1, mpirun -n 1), "
+                f"or set {ALONE}=1 if each has work and files of its own"
+            )
         return contextlib.nullcontext()
-    # Imported here: it imports JAX, which --help does not need.
-    from mos_jax.distributed.hosts import find_meeting, joined
+    from mos_jax.distributed.hosts import joined
 
     meeting = find_meeting(values.coordinator, values.processes, values.process_id, os.environ)
     if meeting is None:

@@ -1,4 +1,4 @@
-"""Several processes that do one run together: how they find each other, and how they part.
+"""Several processes that do one run together: how they come together, and how they part.
 
 Each process runs the same program with the same flags, usually one on each host, and sees the
 devices of all (`jax.distributed`). A single process goes through none of this.
@@ -7,119 +7,28 @@ devices of all (`jax.distributed`). A single process goes through none of this.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import ctypes
 import os
-import re
 import signal
 import socket
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 
+from mos_jax.distributed.meeting import Meeting
 from mos_jax.distributed.watch import LOST, Watch
 from mos_jax.errors import InputError, RunEnded
 
-AUTO, NONE = "auto", "none"
 # In the store, so that they meet no keys of others.
 _FOLDER = "mos_jax"
-# Variables by which JAX knows a step of SLURM.
-_SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
-# How Open MPI says where its processes meet, up to version 4, and how many there are.
-_MPI_ADDRESS, _MPI_SIZE = "OMPI_MCA_orte_hnp_uri", "OMPI_COMM_WORLD_SIZE"
 # Errors of the runtime that have their reason in this process, not in a lost one.
 _OWN_ERRORS = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT")
 # Seconds: processes that are through may have to wait for one that writes.
 _DAY = 86400
-
-
-@dataclasses.dataclass(frozen=True)
-class Meeting:
-    """Where the processes of a run find each other.
-
-    Attributes:
-      address: "host:port" of process 0; None: JAX finds out.
-      processes: how many; None: JAX finds out.
-      process: the number of this one; None: JAX finds out.
-      method: JAX's name of the environment that says so; None: it tries all that it knows.
-    """
-
-    address: str | None = None
-    processes: int | None = None
-    process: int | None = None
-    method: str | None = None
-
-
-def find_meeting(
-    coordinator: str, processes: int | None, process: int | None, environ: Mapping[str, str]
-) -> Meeting | None:
-    """Where this process meets the others; None: it is alone.
-
-    Args:
-      coordinator: "host:port"; "auto": whatever JAX finds; "none": alone; "": as the environment
-        says, and alone if it does not speak of several processes.
-      processes: how many; with an address, unless the environment says it.
-      process: the number of this one; likewise.
-      environ: the environment: of SLURM's and Open MPI's steps, and of pods on GKE.
-
-    Raises:
-      InputError: for flags that do not belong together, values that cannot be, or processes of
-        Open MPI 5 without flags: it says that they are several, and not where they meet.
-    """
-    method = _method(environ)
-    if coordinator in ("", AUTO, NONE):
-        for name, value in (("processes", processes), ("process_id", process)):
-            if value is not None:
-                raise InputError(
-                    f"--{name}={value} needs --coordinator=host:port, the address of process 0; "
-                    f"got --coordinator={coordinator!r}"
-                )
-        if coordinator == "" and method is None and _of_several(environ):
-            raise InputError(
-                f"{_MPI_SIZE}={environ[_MPI_SIZE]} without {_MPI_ADDRESS}, as of Open MPI 5: the "
-                "processes cannot find each other; give --coordinator=host:port, "
-                f"--processes=${_MPI_SIZE} and --process_id=$OMPI_COMM_WORLD_RANK, or "
-                "--coordinator=none if each is to run alone"
-            )
-        if coordinator == NONE or (coordinator == "" and method is None):
-            return None
-        return Meeting(method=method)
-    if not re.fullmatch(r"\S+:\d{1,5}", coordinator) or int(coordinator.rpartition(":")[2]) > 65535:
-        raise InputError(
-            f"--coordinator={coordinator!r} must be host:port, such as 10.0.0.1:8476, 'auto' or "
-            "'none'"
-        )
-    if method is not None and processes is process is None:
-        return Meeting(coordinator, method=method)
-    if processes is None or processes < 2:
-        raise InputError(f"--processes={processes} must be 2 or more with --coordinator=host:port")
-    if process is None or not 0 <= process < processes:
-        raise InputError(
-            f"--process_id={process} must be from 0 to {processes - 1} with --processes={processes}"
-        )
-    return Meeting(coordinator, processes, process, "deactivate")
-
-
-def _method(environ: Mapping[str, str]) -> str | None:
-    """JAX's name of the environment, where that speaks of several processes."""
-    # Before SLURM, whose variables then are those of a daemon that mpirun started with srun.
-    if _of_several(environ):
-        return "ompi" if _MPI_ADDRESS in environ else None
-    tasks = (environ.get(name, "") for name in ("SLURM_NTASKS", "SLURM_STEP_NUM_TASKS"))
-    if all(name in environ for name in _SLURM) and "1" not in tasks:
-        return "slurm"
-    hosts = environ.get("TPU_PROCESS_ADDRESSES") or environ.get("TPU_WORKER_HOSTNAMES", "")
-    if "," in hosts or environ.get("MEGASCALE_NUM_SLICES", "1") != "1":
-        return "gketpu"
-    return None
-
-
-def _of_several(environ: Mapping[str, str]) -> bool:
-    """Whether mpirun of Open MPI started this process as one of several."""
-    return environ.get(_MPI_SIZE, "1") != "1"
 
 
 @contextlib.contextmanager
@@ -169,7 +78,8 @@ def _meet(meeting: Meeting, silence: float, patience: float) -> None:
         address = _state().coordinator_address or "an address that is not known yet"
         _fail(
             f"waited {patience:g} s for the other processes at {address}, and not all came; "
-            "start all of them with the same flags, and see that their hosts reach that port"
+            "start all of them with the same flags but for --process_id, and see that their hosts "
+            "reach that port"
         )
 
     # JAX would abort the process with a trace, so it is given more time than there is.
@@ -177,27 +87,72 @@ def _meet(meeting: Meeting, silence: float, patience: float) -> None:
     timer.daemon = True
     timer.start()
     try:
-        jax.distributed.initialize(
-            meeting.address,
-            meeting.processes,
-            meeting.process,
-            cluster_detection_method=meeting.method,
-            initialization_timeout=int(patience) + 60,
-            # Behind the watch, should that be stuck itself.
-            heartbeat_timeout_seconds=2 * int(silence) + 60,
-        )
+        with _a_line_for_an_abort():
+            jax.distributed.initialize(
+                meeting.address,
+                meeting.processes,
+                meeting.process,
+                cluster_detection_method=meeting.method,
+                initialization_timeout=int(patience) + 60,
+                # Behind the watch, should that be stuck itself.
+                heartbeat_timeout_seconds=2 * int(silence) + 60,
+            )
     except ValueError as error:
         raise InputError(
             f"JAX finds no other processes in this environment ({error}); give "
             "--coordinator=host:port, --processes and --process_id, or --coordinator=none"
         ) from error
     except jax.errors.JaxRuntimeError as error:
+        raise InputError(_why_not_joined(_first_line(error))) from error
+    except (RuntimeError, OSError) as error:
+        # Of JAX's search in an environment. It says the same of a program that has begun too soon,
+        # which is none of the user's mistakes.
+        if "distributed.initialize" in str(error):
+            raise
         raise InputError(
-            f"process 0 cannot open {_state().coordinator_address} ({str(error).splitlines()[0]}); "
-            "choose another port"
+            f"JAX cannot find the other processes ({_first_line(error)}); see that the hosts reach "
+            "each other and what tells of them (on a TPU VM its metadata server), or give "
+            "--coordinator=host:port, --processes and --process_id"
         ) from error
     finally:
         timer.cancel()
+
+
+@contextlib.contextmanager
+def _a_line_for_an_abort() -> Iterator[None]:
+    """Ends the process with a line where JAX's client would abort it, as for a number taken twice.
+
+    It aborts from a thread of its own, where no handler of Python's `signal` runs; one of ctypes
+    does, since the main thread waits in JAX and leaves the interpreter to others.
+    """
+    libc = ctypes.CDLL(None)
+    libc.signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
+    libc.signal.restype = ctypes.c_void_p
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(
+        lambda _: _fail(_why_not_joined("JAX's own words are above"))
+    )
+    before = libc.signal(int(signal.SIGABRT), ctypes.cast(handler, ctypes.c_void_p))
+    try:
+        yield
+    finally:
+        libc.signal(int(signal.SIGABRT), before)
+
+
+def _why_not_joined(said: str) -> str:
+    """What there is to say of a process that knows where to go and does not get in."""
+    state = _state()
+    # Process 0 opens the port first, and then goes in like all others.
+    if state.process_id == 0 and state.service is None:
+        return f"process 0 cannot open {state.coordinator_address} ({said}); choose another port"
+    return (
+        f"process {state.process_id} cannot join the others at {state.coordinator_address} "
+        f"({said}); see that every process has a --process_id of its own, the same --coordinator "
+        "and --processes, and the same version of JAX, and that no other run uses that port"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _fail(words: str) -> None:

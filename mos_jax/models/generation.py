@@ -188,4 +188,5 @@ def _decode(
     controls: Controls,
 ) -> tuple[jax.Array, Cache]:
     hidden, cache = model.extend(current[:, None], positions, cache, factors)
-    return choose(model.logits(hidden[:, 0]), positions + 1, controls), cache
+    chosen = choose(model.logits(hidden[:, 0]), positions + 1, controls)
+    return readable(chosen, model.mesh), cache

@@ -15,7 +15,8 @@ from rich.console import Console
 from mos_jax.errors import InputError, RunEnded
 from mos_jax.sweeps.definition import SweepRun
 from mos_jax.training.config import RunConfig
-from mos_jax.training.loop import Stopped, train
+from mos_jax.training.endings import Stopped
+from mos_jax.training.loop import train
 from mos_jax.training.session import Loads
 from mos_jax.training.stacked import train_stacked
 from mos_jax.training.workdir import Busy, WorkDir

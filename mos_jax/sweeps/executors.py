@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from mos_jax.errors import InputError
 from mos_jax.sweeps.execute import Task, execute, record_failure, status_of
-from mos_jax.training.loop import Stopped, noting_signals
+from mos_jax.training.endings import Stopped, noting_signals
 from mos_jax.training.session import Loads
 
 # Seconds between looks at the jobs of a cluster.
@@ -89,7 +89,7 @@ class SubmititExecutor:
         """See base class.
 
         Raises:
-          Stopped: after SIGTERM or SIGINT, with the jobs under way cancelled.
+          Stopped: after a signal of `STOPPING`, with the jobs under way cancelled.
         """
         jobs: list[tuple[Task, Any]] = []
         try:

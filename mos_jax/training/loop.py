@@ -7,12 +7,9 @@ import dataclasses
 import math
 import os
 import signal
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from types import FrameType
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
 
 import jax
 from rich.console import Console
@@ -20,12 +17,25 @@ from rich.console import Console
 from mos_jax.adapters.adapter import Adapter
 from mos_jax.data.batches import Batch
 from mos_jax.data.loader import Loader
-from mos_jax.distributed.agreement import agree, agree_to_stop, is_first
-from mos_jax.errors import InputError, RunEnded
+from mos_jax.distributed.agreement import (
+    agree,
+    agree_to_stop,
+    agree_to_stop_at_the_end,
+    check_shared,
+    is_first,
+)
+from mos_jax.errors import InputError
 from mos_jax.evaluation.answers import Evaluation
 from mos_jax.models.decoder import Decoder
 from mos_jax.training.checkpoint import Checkpoints
 from mos_jax.training.config import RunConfig
+from mos_jax.training.endings import (
+    DIVERGED_ADVICE,
+    Diverged,
+    Stopped,
+    disk_errors_in_words,
+    noting_signals,
+)
 from mos_jax.training.finish import (
     Course,
     StepClock,
@@ -39,17 +49,6 @@ from mos_jax.training.metrics import Log, NoLog, Reporter, RunLog, check_logging
 from mos_jax.training.session import Loads, Session
 from mos_jax.training.step import AdapterParts, TrainState
 from mos_jax.training.workdir import WorkDir
-
-
-class Diverged(RunEnded):
-    """The loss or the gradient is not finite any more."""
-
-
-DIVERGED_ADVICE = "Lower training.learning_rate, or raise warm-up or clipping"
-
-
-class Stopped(RunEnded):
-    """A signal asked the run to stop; its state was saved."""
 
 
 def train(
@@ -80,7 +79,7 @@ def train(
     Raises:
       InputError: for a configuration or folder that cannot be used; nothing is written then.
       Diverged: if the loss is no longer finite; the last good checkpoint stays.
-      Stopped: after SIGTERM or SIGINT, with the state saved.
+      Stopped: after a signal of `STOPPING`, with the state saved.
       RunEnded: if a checkpoint cannot be written, for example on a full disk; the last one stays.
     """
     console = console if console is not None else Console()
@@ -98,8 +97,9 @@ def train(
     if summary is not None and summary["steps"] == config.training.steps:
         return summary
     check_logging(config.logging)
+    check_shared(folder.path)
     session = Session.create(config, loads)
-    with disk_errors_in_words(folder), folder.lock():
+    with disk_errors_in_words(folder.path), folder.lock():
         say_changes(console, changes, config)
         checkpoints = Checkpoints(folder.checkpoints, config.checkpoint)
         try:
@@ -236,16 +236,22 @@ class Loop(abc.ABC):
                     self.save(reporter)
                     self.clock.restart()
                 if stopping is not None:
-                    self.checkpoints.wait()
-                    name = signal.Signals(stopping).name
-                    raise Stopped(
-                        f"{name}: saved step {step} of {total} in {self.folder.path}; the same "
-                        "command goes on from there",
-                        128 + stopping,
-                    )
+                    self._stop(stopping, step)
                 if self.over:
                     break
+            self.checkpoints.wait()
+            # What follows may take long, and needs no step again.
+            stopping = agree_to_stop_at_the_end(caught[0] if caught else None)
+            if stopping is not None and not self.over:
+                self._stop(stopping, total)
+
+    def _stop(self, number: int, step: int) -> NoReturn:
         self.checkpoints.wait()
+        raise Stopped(
+            f"{signal.Signals(number).name}: saved step {step} of {self.config.training.steps} in "
+            f"{self.folder.path}; the same command goes on from there",
+            128 + number,
+        )
 
     def _compile(self, batch: Batch) -> Any:
         lowered = self.train_step().lower(self.state, self.parts, self.model, batch)
@@ -348,40 +354,3 @@ def say_changes(console: Console, changes: Sequence[str], config: RunConfig) -> 
 def count_tokens(batch: Batch) -> int:
     """Tokens of a batch, without padding."""
     return int((batch.segments != 0).sum())
-
-
-@contextmanager
-def disk_errors_in_words(folder: WorkDir) -> Iterator[None]:
-    """What was saved before a disk filled up stays; the user needs no trace to mend it."""
-    try:
-        yield
-    except OSError as error:
-        raise RunEnded(
-            f"{folder.path} cannot be written ({error}); what was saved there before is kept. "
-            "Mend that and run the same command again"
-        ) from error
-
-
-@contextmanager
-def noting_signals() -> Iterator[list[int]]:
-    """Notes SIGTERM and SIGINT instead of dying, so that a loop can stop in an orderly way.
-
-    Yields:
-      The numbers of the signals that came so far. A second SIGINT interrupts at once.
-    """
-    caught: list[int] = []
-
-    def note(number: int, _frame: FrameType | None) -> None:
-        if caught and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        caught.append(number)
-
-    # Only the main thread may set handlers; elsewhere the caller's stay.
-    main = threading.current_thread() is threading.main_thread()
-    numbers = (signal.SIGTERM, signal.SIGINT) if main else ()
-    previous = {number: signal.signal(number, note) for number in numbers}
-    try:
-        yield caught
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -18,10 +18,11 @@ import numpy as np
 import optax
 from rich.console import Console
 
+from mos_jax.distributed.agreement import agree, is_first
 from mos_jax.errors import InputError, RunEnded
 from mos_jax.files import write_file
 from mos_jax.training.config import RunConfig
-from mos_jax.training.finish import StepClock
+from mos_jax.training.finish import StepClock, versions
 from mos_jax.training.metrics import NoLog, Reporter
 from mos_jax.training.optimizer import make_optimizer
 from mos_jax.training.session import Session
@@ -151,6 +152,9 @@ def find_rate(
 ) -> dict[str, Any]:
     """Runs a range test and writes what it found to lr_find.json in the folder `workdir`.
 
+    Several processes that share JAX's devices (`jax.distributed`) call it alike; the first one
+    writes and prints.
+
     Args:
       config: the run whose rate is asked for; its schedule, warm-up and steps have no part.
       workdir: the folder.
@@ -167,19 +171,26 @@ def find_rate(
       InputError: for a range, configuration or folder that cannot be used; nothing is written.
     """
     console = console if console is not None else Console()
+    if not is_first():
+        console = Console(quiet=True)
     check_range(min_rate, max_rate, steps)
+    tested = {"min_rate": min_rate, "max_rate": max_rate, "steps": steps}
+    agree("the test", lambda: {**config.to_dict(), **tested, "versions": versions()})
     place = Path(workdir)
     if place.exists() and not place.is_dir():
         raise InputError(f"--workdir={place} is a file; give a folder")
-    test = run_range_test(Session.create(config), min_rate, max_rate, steps, console)
+    session = Session.create(config)
+    agree("what is in their files", session.facts)
+    test = run_range_test(session, min_rate, max_rate, steps, console)
     found: dict[str, Any] = {**dataclasses.asdict(test), "suggestion": None, "problem": ""}
     try:
         found["suggestion"] = dataclasses.asdict(suggest_rate(test.rates, test.smoothed))
     except RunEnded as error:
         found["problem"] = str(error)
     found["config"] = config.to_dict()
-    place.mkdir(parents=True, exist_ok=True)
-    write_file(place / JSON_FILE, (json.dumps(found, indent=2) + "\n").encode())
+    if is_first():
+        place.mkdir(parents=True, exist_ok=True)
+        write_file(place / JSON_FILE, (json.dumps(found, indent=2) + "\n").encode())
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from mos_jax.adapters.adapter import Adapter
 from mos_jax.adapters.lora import LoRAConfig
 from mos_jax.adapters.methods import count_parameters, create_adapter
 from mos_jax.adapters.sites import Sites
-from mos_jax.adapters.storage import load_adapter
+from mos_jax.adapters.storage import adapter_arrays, load_adapter
 from mos_jax.data.batches import Batch
 from mos_jax.data.config import DataConfig
 from mos_jax.data.load import Data, load_data
@@ -150,8 +151,24 @@ class Session:
         )
 
     def facts(self) -> dict[str, str]:
-        """What the files of several processes must agree on: the base and the data."""
-        return {"base": self.base.fingerprint, "data": self.source().fingerprint}
+        """What the files of several processes must agree on, by what they hold.
+
+        The evaluation sets as well: of batches that differ in number or shape, one process would
+        come to a collective that the others never join.
+        """
+        data = self.data
+        found = {
+            "base": self.base.fingerprint,
+            "texts of all sets": data.fingerprint,
+            "training batches": self.source().fingerprint,
+        }
+        for split in ("validation", "test"):
+            examples = data.tokens[split].examples
+            source = BatchSource(examples, data.evaluation_layout, data.pad)
+            found[f"{split} batches"] = source.fingerprint
+        if self.config.training.start:
+            found["training.start"] = _digest(self.adapter)
+        return found
 
     def budget(self) -> dict[str, int]:
         """Trained parameters of this adapter, and of LoRA at the same rank and budget.
@@ -209,6 +226,14 @@ def find_placement(
 def lora_parameters(rank: int, sites: Sites) -> int:
     """Trained parameters of LoRA of rank `rank` on these sites."""
     return sum(count_parameters(LoRAConfig(rank=rank), sites).values())
+
+
+def _digest(adapter: Adapter) -> str:
+    """Names an adapter's arrays: equal exactly when all of them are, by name, type and bits."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, array in sorted(adapter_arrays(adapter).items()):
+        digest.update(repr((name, array.dtype.name, array.shape)).encode() + array.tobytes())
+    return digest.hexdigest()
 
 
 def _keys(config: RunConfig) -> tuple[jax.Array, jax.Array]:

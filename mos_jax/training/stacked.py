@@ -26,17 +26,9 @@ from mos_jax.errors import InputError
 from mos_jax.evaluation.answers import Evaluation
 from mos_jax.training.checkpoint import Checkpoints, state_as_target, state_as_tree
 from mos_jax.training.config import RunConfig
+from mos_jax.training.endings import DIVERGED_ADVICE, Diverged, disk_errors_in_words
 from mos_jax.training.finish import Course, describe, finish, validate, validation_record
-from mos_jax.training.loop import (
-    DIVERGED_ADVICE,
-    Diverged,
-    Loop,
-    Pending,
-    count_tokens,
-    disk_errors_in_words,
-    not_finite,
-    say_changes,
-)
+from mos_jax.training.loop import Loop, Pending, count_tokens, not_finite, say_changes
 from mos_jax.training.metrics import Log, Reporter, RunLog, check_logging
 from mos_jax.training.session import Loads
 from mos_jax.training.stacking import Group, check_stackable, mark, silence, stack_batches
@@ -73,7 +65,7 @@ def train_stacked(
     Raises:
       InputError: for runs that cannot be stacked, naming the field, or what `train` refuses;
         nothing is written then.
-      Stopped: after SIGTERM or SIGINT, with the state saved.
+      Stopped: after a signal of `STOPPING`, with the state saved.
       RunEnded: if a checkpoint cannot be written; the last one stays.
     """
     console = console if console is not None else Console()
@@ -100,7 +92,7 @@ def train_stacked(
     theirs = [folders[i] for i in numbers]
     done = {n for n, i in enumerate(numbers) if results[i] is not None}
     with contextlib.ExitStack() as stack:
-        stack.enter_context(disk_errors_in_words(place))
+        stack.enter_context(disk_errors_in_words(place.path))
         for folder in (*theirs, place):
             stack.enter_context(folder.lock())
         say_changes(console, changes[numbers[0]], configs[0])

@@ -1,4 +1,7 @@
-"""experiments/train.py in which one process of a fresh run is killed: KILL="PROCESS STEP"."""
+"""experiments/train.py in which one process of a fresh run is killed: KILL="PROCESS STEP".
+
+PROGRAM: another program, lr_find. SEEN_WITHIN: seconds until a folder must be seen by all.
+"""
 
 import os
 import runpy
@@ -7,12 +10,14 @@ import sys
 
 import jax
 
+from mos_jax.distributed import agreement
 from mos_jax.training.loop import _SingleLoop
 
 
 def main():
     process, last = map(int, os.environ.get("KILL", "-1 0").split())
     next_batch = _SingleLoop.next_batch
+    agreement.SEEN_WITHIN = float(os.environ.get("SEEN_WITHIN", agreement.SEEN_WITHIN))
 
     def struck(loop):
         if loop.first == 0 and jax.process_index() == process and loop.drawn + 1 == last:
@@ -21,7 +26,7 @@ def main():
         return next_batch(loop)
 
     _SingleLoop.next_batch = struck
-    sys.argv[0] = "experiments/train.py"
+    sys.argv[0] = f"experiments/{os.environ.get('PROGRAM', 'train')}.py"
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 

@@ -121,10 +121,11 @@ def to_host(tree):
 
 
 def distance(ours, theirs):
-    """Largest difference of any array, as a share of that array's largest entry."""
-    return max(
-        float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(ours, theirs, strict=True)
-    )
+    """Largest difference of any array, as a share of that array's largest entry; NaN stays NaN."""
+    sizes = np.array([np.abs(b).max() for b in theirs])
+    assert np.all(np.isfinite(sizes) & (sizes > 0)), sizes
+    largest = [np.abs(a - b).max() for a, b in zip(ours, theirs, strict=True)]
+    return float(np.max(largest / sizes))
 
 
 def main():

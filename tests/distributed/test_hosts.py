@@ -1,6 +1,7 @@
 """Runs of two processes with two devices each, which meet on this machine."""
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 
 import jax
 import numpy as np
@@ -20,6 +22,7 @@ from mos_jax.distributed.hosts import client
 from mos_jax.errors import InputError
 from mos_jax.training.config import RunConfig
 from mos_jax.training.loop import train
+from mos_jax.training.lr_find import find_rate
 from mos_jax.training.session import find_placement
 from tests.distributed import hosts_config, hosts_main, hosts_members
 from tests.experiments.fixtures_programs import ROOT
@@ -90,11 +93,14 @@ def wait(*processes):
     return [(p.returncode, *texts) for p, texts in zip(processes, ended, strict=True)]
 
 
-def run_two(data, folder, *flags, own=((), ())):
+def run_two(data, folder, *flags, own=((), ()), **environment):
     words = command(data, folder, *flags)
     meeting = (f"--coordinator=127.0.0.1:{free_port()}", "--processes=2", "--lost_after=20")
     return wait(
-        *(start(sys.executable, *words, *meeting, f"--process_id={i}", *own[i]) for i in range(2))
+        *(
+            start(sys.executable, *words, *meeting, f"--process_id={i}", *own[i], **environment)
+            for i in range(2)
+        )
     )
 
 
@@ -120,9 +126,11 @@ def assert_same_run(folder, alone):
 
 
 def test_two_processes_do_the_run_of_one_device(data, alone, tmp_path):
-    found = run_two(data, tmp_path, "--config.evaluation.samples=1")
+    # Two samples are divided over the rows of the mesh.
+    found = run_two(data, tmp_path / "run", "--config.evaluation.samples=2")
     assert [(status, told) for status, _, told in found] == [(0, ""), (0, "")]
-    assert_same_run(tmp_path, alone)
+    assert_same_run(tmp_path / "run", alone)
+    assert list(tmp_path.iterdir()) == [tmp_path / "run"]
     # The first process tells of the run, the second says nothing.
     (_, first, _), (_, second, _) = found
     assert "step 8/8" in first
@@ -176,6 +184,54 @@ def test_a_killed_process_ends_the_other_and_slurm_starts_both_again(data, alone
     assert_same_run(folder, alone)
 
 
+def test_a_killed_first_process_is_told_and_another_number_of_hosts_goes_on(data, alone, tmp_path):
+    (killed, _, _), (status, _, told) = run_two(data, tmp_path, KILL="0 4")
+    assert (killed, status) == (-signal.SIGKILL, 75)
+    # JAX's client has its own words before.
+    last = told.splitlines()[-1]
+    assert re.match(r"error: process 0 of 2 is lost: .*; process 1 ends with it\. Start all", last)
+    said = io.StringIO()
+    config = RunConfig.from_mapping(hosts_config.get_config(data).to_dict())
+    train(config, tmp_path, Console(file=said, width=200))
+    assert "resuming after step 2" in said.getvalue()
+    assert_same_run(tmp_path, alone)
+
+
+def test_a_folder_that_another_host_does_not_see_is_refused_before_anything_is_loaded(
+    data, tmp_path
+):
+    own = tuple([f"--workdir={tmp_path}/{name}/run"] for name in ("first", "second"))
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+    host = re.escape(socket.gethostname())
+    found = run_two(data, tmp_path, "--config.base.name=none", own=own, SEEN_WITHIN="0.5")
+    for status, _, told in found:
+        assert status == 2
+        assert re.fullmatch(
+            rf"error: {tmp_path}/first/run of process 0 on host {host} is not there for process 1 "
+            rf"on host {host}; all write .* --workdir on a file system that all hosts share\n",
+            told,
+        )
+    # Neither the runs nor the file that was looked for.
+    assert not [path for path in tmp_path.rglob("*") if path.parent != tmp_path]
+
+
+def test_the_range_test_of_the_rate_is_that_of_one_device(data, tmp_path):
+    flags = ("--steps=10", "--min_rate=1e-4", "--max_rate=0.1")
+    found = run_two(data, tmp_path / "two", *flags, PROGRAM="lr_find")
+    told = [(status, errors) for status, _, errors in found]
+    config = RunConfig.from_mapping(hosts_config.get_config(data).to_dict())
+    quiet = Console(quiet=True)
+    alone = find_rate(config, tmp_path / "one", quiet, min_rate=1e-4, max_rate=0.1, steps=10)
+    # Ten steps may be too few for a suggestion, with the same words as alone.
+    assert told == [(3, f"error: {alone['problem']}\n") if alone["problem"] else (0, "")] * 2
+    together = json.loads((tmp_path / "two/lr_find.json").read_text())
+    np.testing.assert_allclose(together["losses"], alone["losses"], rtol=1e-5)
+    assert (tmp_path / "two/lr_find.png").exists()
+    assert "step 10" in found[0][1]
+    assert "step 10" not in found[1][1]
+
+
 def test_processes_that_disagree_name_every_field_and_write_nothing(data, tmp_path):
     own = (["--config.training.seed=3"], ["--config.training.learning_rate=0.5"])
     line = (
@@ -193,11 +249,26 @@ def members(then, count=2):
     return wait(*(start(*words, str(number), port, then) for number in range(count)))
 
 
-def test_the_loss_of_the_first_process_is_told_after_jax_s_own_words():
-    (killed, _, _), (status, _, told) = members("killed")
-    assert (killed, status) == (-signal.SIGKILL, 75)
+def test_a_number_that_is_taken_twice_is_told_after_jax_s_own_words():
+    """JAX ends one of the two, whichever comes first; the others go on waiting."""
+    port = str(free_port())
+    words = (sys.executable, hosts_members.__file__)
+    processes = [start(*words, number, port, "taken") for number in ("0", "1", "1")]
+    deadline = time.monotonic() + PATIENCE
+    while (over := [p for p in processes[1:] if p.poll() is not None]) == []:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    for process in set(processes) - set(over):
+        process.kill()
+    ended = dict(zip(processes, wait(*processes), strict=True))
+    status, _, told = ended[over[0]]
+    assert status == 75
     last = told.splitlines()[-1]
-    assert re.match(r"error: process 0 of 2 is lost: .*; process 1 ends with it\. Start all", last)
+    assert re.match(
+        rf"error: process 1 cannot join the others at 127\.0\.0\.1:{port} \(.*a --process_id of "
+        "its own",
+        last,
+    )
 
 
 def test_an_error_of_one_process_ends_all_with_its_line_and_its_status():

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shlex
+import signal
 import subprocess
 import warnings
 
@@ -16,11 +17,12 @@ import yaml
 from absl import flags as absl_flags
 from ml_collections import config_flags
 
-from mos_jax.distributed.hosts import Meeting, find_meeting
+from mos_jax.distributed.meeting import Meeting, find_meeting
 from mos_jax.distributed.mesh import resolve_sizes
 from mos_jax.distributed.partition import check_rows
 from mos_jax.errors import InputError
 from mos_jax.training.config import RunConfig
+from mos_jax.training.endings import STOPPING
 from tests.docs.fixtures_pages import Page, without_settings
 from tests.experiments.fixtures_programs import ROOT
 from tools.program_flags import flags_of
@@ -115,7 +117,16 @@ def test_the_tpu_script_calls_train_on_all_hosts_and_again_when_one_fails(tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("status", "calls", "requeued"), [(2, 1, 0), (3, 1, 0), (143, 1, 1), (75, 3, 0), (137, 3, 0)]
+    ("status", "calls", "requeued"),
+    [
+        (2, 1, 0),
+        (3, 1, 0),
+        (130, 1, 0),
+        (143, 1, 0),  # scancel sends SIGTERM
+        (128 + signal.SIGUSR1, 1, 1),  # what --signal asks SLURM to send when time is nearly up
+        (75, 3, 0),
+        (137, 3, 0),
+    ],
 )
 def test_the_slurm_script_starts_again_what_a_restart_can_mend(tmp_path, status, calls, requeued):
     (tmp_path / "scontrol").write_text('#!/usr/bin/env bash\necho "requeued $2" >>"$LOG"\n')
@@ -127,6 +138,13 @@ def test_the_slurm_script_starts_again_what_a_restart_can_mend(tmp_path, status,
     assert done.returncode == status
     told = (tmp_path / "log").read_text().split("\n")
     assert (told.count("called"), told.count("requeued 7")) == (calls, requeued)
+
+
+def test_the_slurm_script_asks_for_a_signal_that_runs_take_and_nobody_else_sends():
+    script = (ROOT / "launch/slurm.sh").read_text(encoding="utf-8")
+    asked = getattr(signal, "SIG" + re.search(r"^#SBATCH --signal=(\w+)@\d+$", script, re.M)[1])
+    assert asked in STOPPING
+    assert asked not in (signal.SIGTERM, signal.SIGINT)
 
 
 def test_the_jobset_has_a_pod_for_each_host_of_its_slice():

@@ -1,6 +1,7 @@
 """Whole runs on meshes: from the config to the adapter, and from one mesh to another."""
 
 import io
+import json
 import re
 
 import jax
@@ -11,6 +12,7 @@ from rich.console import Console
 
 from mos_jax import InputError
 from mos_jax.adapters.storage import load_adapter
+from mos_jax.models import generation
 from mos_jax.models.generation import Sampling, generate
 from mos_jax.training.config import RunConfig
 from mos_jax.training.loop import train
@@ -127,10 +129,44 @@ def test_a_quantised_base_trains_on_a_mesh_as_on_one_device(train_path):
         assert np.abs(a - b).max() <= 1e-5 * np.abs(b).max()
 
 
-def test_answers_are_generated_on_a_mesh_whatever_their_number(train_path):
-    answers = []
+@pytest.mark.parametrize("count", [3, 4])
+def test_answers_are_generated_on_a_mesh_whatever_their_number(train_path, count, monkeypatch):
+    """And their tokens lie on every device, since each of several processes reads all of them."""
+    prompts = [[65, 66], [67, 68, 69], [70], [71, 72]][:count]
+    answers, chosen = [], []
+    decode = generation._decode
+
+    def watched(*arguments):
+        chosen.append(decode(*arguments))
+        return chosen[-1]
+
+    monkeypatch.setattr(generation, "_decode", watched)
     for sizes in ((1, 1, 1), (2, 1, -1)):
         base = Session.create(run_config(train_path, sizes)).base
-        prompts = [[65, 66], [67, 68, 69], [70]]
         answers.append(generate(base.model, prompts, [], Sampling.create(max_new_tokens=3)))
     assert answers[0] == answers[1]
+    assert len(chosen) == 4
+    assert all(current.is_fully_replicated for current, _ in chosen)
+
+
+def write_lines(path, numbers):
+    lines = (json.dumps({"prompt": f"after {i}?", "completion": str(i + 1)}) for i in numbers)
+    path.write_text("".join(f"{line}\n" for line in lines))
+
+
+def test_what_is_evaluated_is_among_the_facts_that_processes_compare(train_path, tmp_path):
+    """One process with other evaluation sets would go through other batches than the rest."""
+    mapping = run_config(train_path).to_dict()
+    for split in ("validation", "test"):
+        mapping["data"][f"{split}_path"] = str(tmp_path / f"{split}.jsonl")
+        mapping["data"][f"{split}_examples"] = None
+        write_lines(tmp_path / f"{split}.jsonl", range(100, 103))
+    config = RunConfig.from_mapping(mapping)
+    facts = Session.create(config).facts()
+    assert Session.create(config).facts() == facts
+    write_lines(tmp_path / "test.jsonl", range(100, 104))
+    changed = Session.create(config).facts()
+    assert [name for name in facts if facts[name] != changed[name]] == [
+        "texts of all sets",
+        "test batches",
+    ]

@@ -1,17 +1,25 @@
 """Who is missed, who says what, and where processes differ: without any process but this one."""
 
+import concurrent.futures
+import contextlib
 import json
 import random
+import signal
 import threading
 import time
+import types
 
 import jax
 import pytest
 
-from mos_jax import InputError
-from mos_jax.distributed import agreement
-from mos_jax.distributed.agreement import agree_to_stop, describe_differences
-from mos_jax.distributed.hosts import Meeting, find_meeting
+from mos_jax import InputError, app
+from mos_jax.distributed import agreement, hosts
+from mos_jax.distributed.agreement import (
+    agree_to_stop,
+    agree_to_stop_at_the_end,
+    describe_differences,
+)
+from mos_jax.distributed.meeting import Meeting, find_meeting, started_as_several
 from mos_jax.distributed.watch import LOST, Lives, Watch
 
 SLURM = {
@@ -24,6 +32,9 @@ SLURM = {
 # Of Open MPI 5, and what it was told up to 4.
 MPI = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}
 MPI_ADDRESS = {"OMPI_MCA_orte_hnp_uri": "0.0;tcp://a:1"}
+# Of MPICH and Intel MPI, and of MVAPICH.
+PMI = {"PMI_SIZE": "2", "PMI_RANK": "1"}
+MVAPICH = {"MV2_COMM_WORLD_SIZE": "2", "MV2_COMM_WORLD_RANK": "1"}
 ADDRESS = "10.0.0.1:8476"
 
 
@@ -49,6 +60,11 @@ ADDRESS = "10.0.0.1:8476"
         (("none", None, None), MPI, None),
         (("auto", None, None), MPI, Meeting()),
         ((ADDRESS, 2, 1), MPI, Meeting(ADDRESS, 2, 1, "deactivate")),
+        ((ADDRESS, 2, 1), PMI, Meeting(ADDRESS, 2, 1, "deactivate")),
+        (("none", None, None), PMI, None),
+        (("", None, None), {"PMI_SIZE": "1", "PMI_RANK": "0"}, None),
+        # srun --mpi=pmi2 says it in both ways.
+        (("", None, None), SLURM | PMI | {"PMI_RANK": "0"}, Meeting(method="slurm")),
         ((ADDRESS, 2, 1), SLURM, Meeting(ADDRESS, 2, 1, "deactivate")),
         ((ADDRESS, None, None), SLURM, Meeting(ADDRESS, method="slurm")),
     ],
@@ -75,16 +91,124 @@ def test_flags_that_say_no_place_are_refused(flags, words):
         find_meeting(*flags, {})
 
 
-@pytest.mark.parametrize("environment", [MPI, SLURM | MPI], ids=["alone", "in_slurm"])
-def test_processes_of_open_mpi_5_do_not_each_train_for_themselves(environment):
+@pytest.mark.parametrize(
+    ("environment", "said", "size", "rank"),
+    [
+        (MPI, "without OMPI_MCA_orte_hnp_uri, as of Open MPI 5", *MPI),
+        (SLURM | MPI, "without OMPI_MCA_orte_hnp_uri, as of Open MPI 5", *MPI),
+        (PMI, "as of MPICH or Intel MPI", *PMI),
+        # Two processes on each node, which mpirun began with a task of srun.
+        (SLURM | PMI | {"PMI_SIZE": "2", "SLURM_NTASKS": "4"}, "as of MPICH", *PMI),
+        (MVAPICH, "as of MVAPICH", *MVAPICH),
+    ],
+)
+def test_processes_of_an_mpi_without_address_do_not_each_train_for_themselves(
+    environment, said, size, rank
+):
     words = (
-        r"OMPI_COMM_WORLD_SIZE=2 without .*; give --coordinator=host:port, --processes=\$OMPI_COMM_"
-        r"WORLD_SIZE and --process_id=\$OMPI_COMM_WORLD_RANK, or --coordinator=none"
+        rf"{size}=2,? {said}.*; give --coordinator=host:port, --processes=\${size} and "
+        rf"--process_id=\${rank}, or --coordinator=none"
     )
     with pytest.raises(InputError, match=words):
         find_meeting("", None, None, environment)
     with pytest.raises(InputError, match="--processes=None must be 2 or more"):
         find_meeting(ADDRESS, None, None, environment)
+
+
+STEP_OF_ONE = SLURM | {"SLURM_STEP_NUM_TASKS": "1"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "told"),
+    [
+        ({}, None),
+        (SLURM, "SLURM_NTASKS=2"),
+        (SLURM | {"SLURM_STEP_NUM_TASKS": "2"}, "SLURM_STEP_NUM_TASKS=2"),
+        # The script of a job of several tasks, a shell of salloc, and srun -n1 or submitit's job.
+        ({k: v for k, v in SLURM.items() if "STEP" not in k}, None),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2"}, None),
+        (STEP_OF_ONE, None),
+        (MPI, "OMPI_COMM_WORLD_SIZE=2"),
+        (MPI | MPI_ADDRESS, "OMPI_COMM_WORLD_SIZE=2"),
+        (MPI | {"OMPI_COMM_WORLD_SIZE": "1"}, None),
+        (PMI, "PMI_SIZE=2"),
+        (STEP_OF_ONE | PMI, "PMI_SIZE=2"),
+        (MVAPICH, "MV2_COMM_WORLD_SIZE=2"),
+    ],
+)
+def test_a_program_knows_whether_it_is_one_of_several(environment, told, monkeypatch):
+    assert started_as_several(environment) == told
+    for name in {**SLURM, **MPI, **PMI, **MVAPICH}:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(app.flags, "FLAGS", {})  # of a program without those of hosts
+    monkeypatch.setattr("sys.argv", ["experiments/quickstart.py"])
+    refused = pytest.raises(InputError, match=rf"quickstart\.py was .*\({told}\).*train\.py and ")
+    with contextlib.nullcontext() if told is None else refused, app._together():
+        pass
+    monkeypatch.setenv(app.ALONE, "1")
+    with app._together():
+        pass
+
+
+class Meets:
+    """`jax.distributed` where nobody is met."""
+
+    def __init__(self, monkeypatch, error, **state):
+        self.error = error
+        found = {"process_id": 0, "service": None, "coordinator_address": ADDRESS, **state}
+        monkeypatch.setattr(hosts, "_state", lambda: types.SimpleNamespace(**found))
+        monkeypatch.setattr(jax.distributed, "initialize", self.initialize)
+
+    def initialize(self, *_args, **_kwargs):
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "state", "words"),
+    [
+        (
+            jax.errors.JaxRuntimeError("UNKNOWN: Failed to add port\nand more"),
+            {},
+            rf"^process 0 cannot open {ADDRESS} \(UNKNOWN: Failed to add port\); "
+            "choose another port$",
+        ),
+        (
+            jax.errors.JaxRuntimeError("ALREADY_EXISTS: a newer incarnation"),
+            {"process_id": 1},
+            rf"^process 1 cannot join the others at {ADDRESS} "
+            r"\(ALREADY_EXISTS: a newer incarnation\); "
+            "see that every process has a --process_id of its own",
+        ),
+        # It has opened its port, on a host that is not the one of the address.
+        (
+            jax.errors.JaxRuntimeError("ABORTED: a newer incarnation"),
+            {"service": "there"},
+            rf"^process 0 cannot join the others at {ADDRESS}",
+        ),
+        (
+            RuntimeError("Failed to recognize coordinator address worker-0"),
+            {},
+            r"^JAX cannot find the other processes \(Failed to recognize .* worker-0\); .*metadata",
+        ),
+        (ConnectionError("no metadata server"), {}, r"cannot find .* \(no metadata server\)"),
+        (ValueError("coordinator_address should be"), {}, r"JAX finds no other processes in this"),
+    ],
+    ids=["port", "other", "elsewhere", "detection", "metadata", "nothing"],
+)
+def test_processes_that_do_not_meet_say_why(error, state, words, monkeypatch):
+    Meets(monkeypatch, error, **state)
+    with pytest.raises(InputError, match=words):
+        hosts._meet(Meeting(), 20.0, 60.0)
+
+
+def test_a_program_that_meets_too_late_is_a_defect(monkeypatch):
+    error = RuntimeError("jax.distributed.initialize() must be called before any JAX calls")
+    Meets(monkeypatch, error)
+    with pytest.raises(RuntimeError) as raised:
+        hosts._meet(Meeting(), 20.0, 60.0)
+    assert raised.value is error
 
 
 def test_differences_are_named_by_field_with_values_and_processes():
@@ -226,6 +350,26 @@ class Client(dict):
         return [(key, value) for key, value in self.items() if key.startswith(folder)]
 
 
+@pytest.mark.parametrize(
+    ("caught", "named", "found"),
+    [
+        ([None, None, None], None, None),
+        ([None, signal.SIGTERM, None], None, signal.SIGTERM),
+        # Asked for in a step, to stop after one that does not come.
+        ([None, None, signal.SIGUSR1], f"9 {signal.SIGUSR1:d}", signal.SIGUSR1),
+        ([signal.SIGINT, None, signal.SIGUSR1], f"9 {signal.SIGUSR1:d}", signal.SIGUSR1),
+    ],
+)
+def test_a_signal_at_the_end_is_known_to_all(caught, named, found, monkeypatch):
+    client = Client({"mos_jax/stop/first": named} if named else {})
+    barrier = threading.Barrier(len(caught))
+    monkeypatch.setattr(client, "wait_at_barrier", lambda *_: barrier.wait(60), raising=False)
+    monkeypatch.setattr(jax, "process_count", lambda: len(caught))
+    monkeypatch.setattr(agreement, "client", lambda: client)
+    with concurrent.futures.ThreadPoolExecutor(len(caught)) as threads:
+        assert list(threads.map(agree_to_stop_at_the_end, caught)) == [found] * len(caught)
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_all_processes_stop_after_one_step_whoever_is_asked_when(seed, monkeypatch):
     """Processes run as far apart as a training loop lets them: one has begun the step after."""
@@ -255,6 +399,8 @@ def test_all_processes_stop_after_one_step_whoever_is_asked_when(seed, monkeypat
 def test_alone_a_signal_stops_at_once():
     assert agree_to_stop(3, 15) == 15
     assert agree_to_stop(3, None) is None
+    assert agree_to_stop_at_the_end(15) == 15
+    assert agree_to_stop_at_the_end(None) is None
 
 
 def test_what_is_agreed_alone_is_not_even_made():

@@ -14,8 +14,10 @@ import pytest
 from rich.console import Console
 
 from mos_jax import InputError
+from mos_jax.errors import RunEnded
 from mos_jax.training import loop
-from mos_jax.training.loop import Diverged, Stopped, train
+from mos_jax.training.endings import Diverged, Stopped, disk_errors_in_words
+from mos_jax.training.loop import train
 from tests.training.fixtures_training import tiny_mapping, tiny_run, write_data
 
 ROOT = Path(__file__).parents[2]
@@ -106,6 +108,25 @@ def test_sigterm_saves_and_says_so_and_the_rest_follows(tmp_path, train_path, mo
     a, b = (tmp_path / name / "adapter/adapter.safetensors" for name in ("run", "whole"))
     assert a.read_bytes() == b.read_bytes()
     assert [r["step"] for r in records(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_signal_after_the_last_step_stops_before_the_run_is_finished(
+    tmp_path, train_path, monkeypatch
+):
+    """Such as in the last validation: finishing may take longer than is left before a kill."""
+    run, validate = tiny_run(train_path, steps=2), loop.validate
+
+    def told(*arguments):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return validate(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "validate", told)
+        with pytest.raises(Stopped, match=r"SIGUSR1: saved step 2 of 2 in .*the same") as stopped:
+            train(run, tmp_path / "run", QUIET)
+    assert stopped.value.status == 128 + signal.SIGUSR1
+    assert not (tmp_path / "run/adapter").exists()
+    assert train(run, tmp_path / "run", QUIET)["steps"] == 2
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_path, train_path):
@@ -207,10 +228,33 @@ def test_a_disk_that_fills_up_at_the_end_keeps_the_training(tmp_path, train_path
     run = tiny_run(train_path, steps=2)
     with monkeypatch.context() as patch:
         patch.setattr("mos_jax.training.finish.save_adapter", full)
-        with pytest.raises(loop.RunEnded, match=r"No space left.*is kept"):
+        with pytest.raises(RunEnded, match=r"No space left.*is kept"):
             train(run, tmp_path / "run", QUIET)
     assert train(run, tmp_path / "run", QUIET)["steps"] == 2
     assert [r["step"] for r in records(tmp_path / "run")] == [1, 2]
+
+
+def test_only_errors_of_a_run_s_files_are_told_as_such(tmp_path):
+    """With `filename` where Python gives one: not of a write to a file that is open."""
+    folder = tmp_path / "above" / "run"
+    of_run = [
+        OSError(errno.ENOSPC, "No space left on device"),
+        PermissionError(errno.EACCES, "Permission denied", str(folder / "adapter")),
+        PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "above")),
+    ]
+    for error in of_run:
+        with pytest.raises(RunEnded, match=r"above/run cannot be written or read \(.*is kept"):
+            with disk_errors_in_words(folder):
+                raise error
+    others = [
+        ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"),
+        TimeoutError("the logging service did not answer"),
+        FileNotFoundError(errno.ENOENT, "No such file or directory", "/elsewhere/model.json"),
+    ]
+    for error in others:
+        with pytest.raises(type(error)) as raised, disk_errors_in_words(folder):
+            raise error
+        assert raised.value is error
 
 
 def test_two_runs_in_one_folder_refuse_each_other(tmp_path, train_path):
@@ -236,7 +280,7 @@ def test_errors_of_the_disk_reach_the_user_in_words(tmp_path, train_path, monkey
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("orbax.checkpoint.CheckpointManager.save", full)
-    with pytest.raises(loop.RunEnded, match=r"No space left.*no checkpoint is left"):
+    with pytest.raises(RunEnded, match=r"No space left.*no checkpoint is left"):
         train(tiny_run(train_path), tmp_path / "run", QUIET)
 
 

@@ -19,7 +19,8 @@ from mos_jax import InputError, load_adapter
 from mos_jax.models.tiny import tiny_config
 from mos_jax.training import stacked
 from mos_jax.training.config import RunConfig
-from mos_jax.training.loop import Diverged, Stopped, train
+from mos_jax.training.endings import Diverged, Stopped
+from mos_jax.training.loop import train
 from mos_jax.training.session import Loads
 from mos_jax.training.stacked import train_stacked
 from tests.training.fixtures_training import tiny_mapping, write_data

@@ -33,6 +33,17 @@ def test_method_settings_sites_and_arrays_are_those_of_the_start(tmp_path):
         np.testing.assert_array_equal(adapter_arrays(session.adapter)[name], array, err_msg=name)
 
 
+def test_the_arrays_of_the_start_are_among_the_facts_that_processes_compare(tmp_path):
+    adapter = saved(tmp_path / "a")
+    run = tiny_run(write_data(tmp_path), start=str(tmp_path / "a"))
+    facts = Session.create(run).facts()
+    assert Session.create(run).facts() == facts
+    other = jax.tree.map(lambda x: x * 1.001, adapter)
+    save_adapter(tmp_path / "a", other, base_fingerprint=BASE.fingerprint)
+    changed = Session.create(run).facts()
+    assert [name for name in facts if facts[name] != changed[name]] == ["training.start"]
+
+
 def test_another_base_and_no_adapter_are_refused(tmp_path):
     saved(tmp_path / "a", "0" * 64)
     data = write_data(tmp_path)
