@@ -55,7 +55,9 @@ def run_small(name, folder):
     done = notebooks.run(notebooks.read(name), parameters)
     assert not [o for o in outputs(done) if o.output_type == "error"]
     # What it said while it worked is a page of text, not a warning.
-    assert not [o.text for o in outputs(done) if o.get("name") == "stderr"]
+    said = "".join(o.text for o in outputs(done) if o.get("name") == "stderr").splitlines()
+    # A slow disk is no fault of theirs.
+    assert not [line for line in said if line and "Waiting for previous save" not in line]
     return done
 
 
