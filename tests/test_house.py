@@ -1,5 +1,6 @@
 """The files around the code: preflight, constraints, the checks of the tree, lazy imports."""
 
+import ast
 import re
 import shutil
 import subprocess
@@ -180,6 +181,29 @@ class TestCheckTree:
     def test_an_offender(self, tmp_path: Path, name: str, content: str, offence: str) -> None:
         assert offence in self.offences(tmp_path, **{name: content})
 
+    def test_the_map_names_every_module(self, tmp_path: Path) -> None:
+        rows = (
+            "| `mos_jax/a/` | `x.py` one · `b/`: `y.py` |\n| `mos_jax/top.py`, `in.py` | ends |\n"
+        )
+        files = {
+            "mos_jax/__init__.py": "",
+            "mos_jax/top.py": "",
+            "mos_jax/in.py": "",
+            "mos_jax/a/__init__.py": "",
+            "mos_jax/a/x.py": "",
+            "mos_jax/a/b/y.py": "",
+            "WORKSPACE.md": rows,
+        }
+        assert self.offences(tmp_path, **files) == ""
+        assert "row of mos_jax/ does not name z.py" in self.offences(
+            tmp_path, **{"mos_jax/z.py": ""}
+        )
+        assert "row of mos_jax/a/ does not name x.py" in self.offences(
+            tmp_path, **{"mos_jax/a/b/x.py": "", "mos_jax/z.py": ""}
+        )
+        (tmp_path / "mos_jax/a/b/y.py").unlink()
+        assert "names y.py, which is not there" in self.offences(tmp_path)
+
     def test_what_is_allowed(self, tmp_path: Path) -> None:
         page = (
             "# A `b` c\n## See [d](e.py)\n[a](#a-b-c) [b](docs) [c](docs/a.md#t) [d](#see-d)\n"
@@ -208,6 +232,39 @@ class TestCheckTree:
         result = subprocess.run(command, capture_output=True, text=True)
         assert result.returncode == 1
         assert result.stdout.startswith("a.pkl: ")
+
+
+def test_every_import_of_the_library_is_a_named_dependency() -> None:
+    """The wheel's test installs nothing beside it, so it cannot tell."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    # Those of users; what only tests, pages and notebooks have is none of the library's.
+    named = project["dependencies"] + [
+        requirement
+        for extra in ("report", "serve", "slurm", "tasks", "wandb")
+        for requirement in extras[extra]
+    ]
+    names = {canonical(re.split(r"[\[<>=!~; ]", requirement)[0]) for requirement in named}
+    # Where a distribution's name is another than that of its package.
+    called = {
+        "PIL": "pillow",
+        "absl": "absl-py",
+        "markdown_it": "markdown-it-py",
+        "orbax": "orbax-checkpoint",
+    }
+    missing = set()
+    for path in (ROOT / "mos_jax").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            modules: list[str] = []
+            if isinstance(node, ast.Import):
+                modules = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                modules = [f"{node.module}"]
+            for top in {module.partition(".")[0] for module in modules}:
+                known = top in sys.stdlib_module_names or top == "mos_jax"
+                if not known and canonical(called.get(top, top)) not in names:
+                    missing.add(f"{path.relative_to(ROOT)}: {top}")
+    assert missing == set()
 
 
 class TestConstraints:

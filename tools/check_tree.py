@@ -8,7 +8,8 @@ when there is one. What it refuses:
   * paths of one machine in a text (tests may name temporary folders);
   * lines of constraints.txt that are not `name==version`, or that name a host;
   * modules of mos_jax over 400 lines;
-  * links in the Markdown files of the root to files, folders or headings that do not exist.
+  * links in the Markdown files of the root to files, folders or headings that do not exist;
+  * modules of mos_jax that WORKSPACE.md does not name, and names there of none.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote
@@ -33,6 +35,8 @@ _TEMPORARY = re.compile(_START + r"/tmp/[\w.\-]+")
 _PIN = re.compile(r"^[A-Za-z0-9][\w.\-]*==[\w.!]+(?:\s*;.*)?$")
 _HOST = re.compile(r"://|\b[\w\-]+\.(?:com|dev|io|net|org)\b", re.IGNORECASE)
 _LINK = re.compile(r"!?\[[^\]]*\]\(\s*<?([^)\s>]+)>?[^)]*\)|(?:src|href)=\"([^\"]+)\"")
+_ROW = re.compile(r"^\| (`mos_jax/.*?) \|(.*)$", re.MULTILINE)
+_MODULE = re.compile(r"`(?:[\w/]*/)?(\w+\.py)`")
 _FENCE = re.compile(r"^(```|~~~).*?^\1", re.DOTALL | re.MULTILINE)
 
 
@@ -111,6 +115,31 @@ def check_links(name: str, text: str, root: Path, files: set[str]) -> Iterator[s
                 yield f"{name}: a link to {link}, a heading that does not exist"
 
 
+def check_map(name: str, text: str, files: set[str]) -> Iterator[str]:
+    """Yields the modules of mos_jax/ that its row of the map does not name, and names of none.
+
+    A folder's row names the files of its folders too: a name as often as there are such files.
+    """
+    named: dict[str, Counter[str]] = {}
+    for place, row in _ROW.findall(text):
+        folder = re.match(r"`(mos_jax/(?:\w+/)?)", place)
+        own = row if place.endswith("/`") else place
+        if folder:
+            named.setdefault(folder[1], Counter()).update(_MODULE.findall(own))
+    there: dict[str, Counter[str]] = {}
+    for file in sorted(files):
+        first, *path = file.split("/")
+        if first == "mos_jax" and path[-1].endswith(".py") and path[-1] != "__init__.py":
+            folder_name = f"mos_jax/{path[0]}/" if len(path) > 1 else "mos_jax/"
+            there.setdefault(folder_name, Counter()).update(path[-1:])
+    for place in sorted(named.keys() | there.keys()):
+        stated, found = named.get(place, Counter()), there.get(place, Counter())
+        for module in sorted((found - stated).keys()):
+            yield f"{name}: the row of {place} does not name {module}"
+        for module in sorted((stated - found).keys()):
+            yield f"{name}: the row of {place} names {module}, which is not there"
+
+
 def check_tree(root: Path) -> list[str]:
     """Returns all offences of the tree at `root`, one line each."""
     files = list_files(root)
@@ -122,6 +151,8 @@ def check_tree(root: Path) -> list[str]:
             offences += check_constraints(name, content.decode())
         if name in MARKDOWN:
             offences += check_links(name, content.decode(), root, set(files))
+        if name == "WORKSPACE.md":
+            offences += check_map(name, content.decode(), set(files))
     return offences
 
 

@@ -123,7 +123,20 @@ def accuracy_against_size(
     front = pareto_front(points)
     xs = [point.size for point in front] + [max(point.size for point in points)]
     ys = [point.mean for point in front] + [front[-1].mean]
-    axes.step(xs, ys, where="post", color=FAINT, linewidth=1.1, zorder=2, label="Pareto front")
+    (line,) = axes.step(
+        xs, ys, where="post", color=FAINT, linewidth=1.1, zorder=2, label="Pareto front"
+    )
+    # Above the axes, where no point and no label can be.
+    axes.legend(
+        [line],
+        ["most accurate of all up to a size (Pareto front)"],
+        loc="lower right",
+        bbox_to_anchor=(1, 1),
+        borderaxespad=0.2,
+        frameon=False,
+        fontsize=8,
+        labelcolor="#5A5A5A",
+    )
     if guess is not None:
         reference_line(axes, *guess)
     freeze_layout(figure)

@@ -238,4 +238,6 @@ def reference_line(axes: Axes, height: float, words: str) -> None:
         color="#5A5A5A",
         fontsize=8,
         va="bottom",
+        # Or a line of the grid would strike them through.
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
     )

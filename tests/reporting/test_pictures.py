@@ -63,6 +63,13 @@ def test_accuracy_against_size_shows_means_intervals_front_and_guess():
     np.testing.assert_allclose(front.get_xdata(), [1e5, 6e5, 2.4e6])
     np.testing.assert_allclose(front.get_ydata(), [0.4, 0.6, 0.6])
     assert {"guessing", "small", "good", "bad, 2/4 seeds", "large"} == set(texts(axes))
+    # The front is named, above all that is drawn; the grid does not strike words through.
+    legend = axes.get_legend()
+    assert [words.get_text()[-14:] for words in legend.get_texts()] == ["(Pareto front)"]
+    figure.canvas.draw()
+    assert legend.get_window_extent().y0 >= axes.get_window_extent().y1
+    (words,) = [text for text in axes.texts if text.get_text() == "guessing"]
+    assert words.get_bbox_patch().get_facecolor() == (1, 1, 1, 1)
     low, high = axes.get_ylim()
     assert low < 0.1
     assert high > 0.65
