@@ -183,7 +183,7 @@ class TestCheckTree:
 
     def test_the_map_names_every_module(self, tmp_path: Path) -> None:
         rows = (
-            "| `mos_jax/a/` | `x.py` one · `b/`: `y.py` |\n| `mos_jax/top.py`, `in.py` | ends |\n"
+            "| `mos_jax/a/` | `x.py` · `b/`: `y.py` |\n| `mos_jax/top.py`, `in.py` | ends |\n"
         )
         files = {
             "mos_jax/__init__.py": "",
