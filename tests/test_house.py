@@ -182,9 +182,7 @@ class TestCheckTree:
         assert offence in self.offences(tmp_path, **{name: content})
 
     def test_the_map_names_every_module(self, tmp_path: Path) -> None:
-        rows = (
-            "| `mos_jax/a/` | `x.py` · `b/`: `y.py` |\n| `mos_jax/top.py`, `in.py` | ends |\n"
-        )
+        rows = "| `mos_jax/a/` | `x.py` · `b/`: `y.py` |\n| `mos_jax/top.py`, `in.py` | ends |\n"
         files = {
             "mos_jax/__init__.py": "",
             "mos_jax/top.py": "",
