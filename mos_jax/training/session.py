@@ -164,8 +164,9 @@ class Session:
         }
         for split in ("validation", "test"):
             examples = data.tokens[split].examples
-            source = BatchSource(examples, data.evaluation_layout, data.pad)
-            found[f"{split} batches"] = source.fingerprint
+            if examples:
+                source = BatchSource(examples, data.evaluation_layout, data.pad)
+                found[f"{split} batches"] = source.fingerprint
         if self.config.training.start:
             found["training.start"] = _digest(self.adapter)
         return found
