@@ -119,7 +119,7 @@ else:
 #
 #     python experiments/plan.py --config=configs/paper/llama2_7b.py --topology=v5e:4x4
 #
-# This is the table that `make plans` has made so far; no chip has run it.
+# This is the table that `make plans` makes, LLaMA2 7B, 13B and 70B; no chip has run it.
 
 # %%
 plans = Path("results/plans.md").read_text(encoding="utf-8")
