@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -159,7 +160,20 @@ def _in_words(error: BaseException) -> str:
     # What a config file's own code raised comes wrapped, its whole trace a part of the message.
     while "Traceback (most recent call last)" in str(error) and error.__context__ is not None:
         error = error.__context__
-    return " ".join(str(error.args[0] if error.args else error).split())
+    text = " ".join(str(error.args[0] if error.args else error).split())
+    # What absl and ml_collections say in words of their own code.
+    if found := re.search(r"flag --config\.(\S+?)=(.*): invalid literal for int\(\)", text):
+        return f"{found[1]} is an integer, not {found[2]!r}"
+    if found := re.search(r"flag --config\.(\S+?)=(.*): could not convert string to float", text):
+        return f"{found[1]} is a number, not {found[2]!r}"
+    if found := re.search(r"Found (--\S+) in argv before a value for --config was", text):
+        return f"{found[1]} stands before --config; put --config=file first"
+    if found := re.search(r"Attempted \[[^\]]*\]: (\S+) \[Errno 2\]", text):
+        there = Path(sys.argv[0]).resolve().parents[1] / "configs"
+        files = [file for file in sorted(there.glob("*.py")) if "get_config(" in file.read_text()]
+        names = ", ".join(f"configs/{file.name}" for file in files)
+        return f"there is no config file {found[1]}; there are {names}, and others in folders there"
+    return text
 
 
 def _guarded(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> None:

@@ -84,10 +84,15 @@ fi
 PIP_USE_PEP517=${PIP_USE_PEP517:-1}
 export PIP_USE_PEP517
 
-pip() { "$py" -m pip --quiet --disable-pip-version-check --no-input "$@" </dev/null; }
+pip() {
+  "$py" -m pip --quiet --disable-pip-version-check --no-input "$@" </dev/null || {
+    echo "setup: pip failed; this shows why: .venv/bin/python -m pip $*" >&2
+    exit 1
+  }
+}
 
 if ! fresh "$base"; then
-  echo "setup: installing mos_jax with its test tools (about 1.5 GB on disk; one to three minutes)"
+  echo "setup: installing mos_jax with its test tools (about 1.7 GB on disk; one to three minutes)"
   : >"$venv/.unfinished"
   rm -f "$venv"/.stamp-*
   pip install -c constraints.txt -e ".[test]"

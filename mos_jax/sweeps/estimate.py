@@ -132,9 +132,10 @@ def print_costs(sweep: Sweep, loads: Loads, console: Console) -> None:
             f"{cost.flops / rate / 60:.1f}",
         )
     console.print(table)
-    hours = sum(cost.flops for _, cost in costs) / rate / 3600
+    minutes = sum(cost.flops for _, cost in costs) / rate / 60
+    span = f"{minutes / 60:.1f} hours" if minutes >= 60 else f"{minutes:.0f} minutes"
     console.print(
-        f"{len(costs)} runs, about {hours:.1f} hours one after the other, at {rate / 1e9:.0f} "
+        f"{len(costs)} runs, about {span} one after the other, at {rate / 1e9:.0f} "
         "GFLOP/s: a plain product's rate on this machine just now, times "
         f"{STEP_EFFICIENCY:g}; loading and compiling come on top.",
         highlight=False,

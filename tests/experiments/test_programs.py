@@ -156,7 +156,18 @@ SMOKE = ("--config=configs/smoke.py", "--workdir=runs/never")
     ("program", "flags", "words"),
     [
         ("train", ("--config.training.stepz=3",), 'Did you mean "steps"'),
-        ("train", ("--config=configs/nope.py",), "configs/nope.py"),
+        (
+            "train",
+            ("--config=configs/nope.py",),
+            "no config file configs/nope.py; there are",
+        ),
+        (
+            "train",
+            (*SMOKE, "--config.training.steps=abc"),
+            "steps is an integer, not 'abc'",
+        ),
+        ("train", (*SMOKE, "--config.training.b1=x"), "training.b1 is a number, not 'x'"),
+        ("train", ("--config.training.steps=3", *SMOKE), "put --config=file first"),
         ("train", ("--config=configs/smoke.py:vero",), "'vero'; did you mean 'vera'"),
         ("train", ("--config=configs/own_data.py:mosz",), "'mosz'; did you mean 'mos'"),
         ("train", ("--workdirr=x",), "workdir"),
