@@ -5,8 +5,7 @@
 # every layer, put together from pools that hold as many numbers as LoRA of rank 2.
 #
 # **You need** a checkout with `make setup` done, or Colab. **It takes** about 4 minutes on 2 CPU
-# cores that are free, and 2.5 GB of memory. (The copy shown here ran beside other programs: 19
-# minutes.)
+# cores, and 2.5 GB of memory.
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/mos-jax/mos_jax/blob/main/notebooks/01_quickstart.ipynb)
