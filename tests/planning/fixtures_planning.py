@@ -1,14 +1,28 @@
 """Requests of tiny runs, and a compiler that answers by rule."""
 
 import dataclasses
+import os
 
+import pytest
+
+from mos_jax.errors import InputError
 from mos_jax.models.tiny import tiny_config
-from mos_jax.planning.compiling import Program, devices
+from mos_jax.planning.compiling import Program, devices, find_python
 from mos_jax.planning.counting import Counts
 from mos_jax.planning.request import Request
 from mos_jax.training.config import RunConfig, default_config
 
 GIB = 2**30
+
+
+def need_libtpu():
+    """Skips a test where the TPU compiler is not installed; where CI is set, fails it."""
+    try:
+        find_python()
+    except InputError as error:
+        if os.environ.get("CI"):
+            pytest.fail(f"nothing is tested by skipping: {error}")
+        pytest.skip(str(error))
 
 
 def tiny_request(topology="v5e:2x2", mesh=(1, 4, 1), rows=4, method="mos", model=None, **base):

@@ -6,23 +6,17 @@ import subprocess
 
 import pytest
 
-from mos_jax.errors import InputError
 from mos_jax.planning.compiling import Compiler, find_python
 from mos_jax.planning.worker import read_refusal
 from tests.experiments.fixtures_programs import ROOT, call
-from tests.planning.fixtures_planning import GIB
+from tests.planning.fixtures_planning import GIB, need_libtpu
 
 pytestmark = pytest.mark.planner
 
 
 @pytest.fixture(scope="module")
 def compiler(tmp_path_factory):
-    try:
-        find_python()
-    except InputError as error:
-        if os.environ.get("CI"):
-            pytest.fail(f"nothing is tested by skipping: {error}")
-        pytest.skip(str(error))
+    need_libtpu()
     return Compiler(tmp_path_factory.mktemp("plans"))
 
 
